@@ -1,0 +1,25 @@
+"""Particle inference for Pyro: repulsive ensembles of any Pyro model's posterior."""
+
+from pyro_fordes._checks import (
+    ArgumentError as ArgumentError,
+    FordesError as FordesError,
+    MissingDependencyError as MissingDependencyError,
+    ModelError as ModelError,
+    NumericalError as NumericalError,
+    StateError as StateError,
+)
+from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
+from pyro_fordes.inference import ParticleInference as ParticleInference
+from pyro_fordes.io_arviz import to_arviz as to_arviz
+from pyro_fordes.kernels import RBF as RBF, Fixed as Fixed, Median as Median
+from pyro_fordes.lengthscales import (
+    Lengthscale as Lengthscale,
+    identity_lengthscale as identity_lengthscale,
+    pca_lengthscale as pca_lengthscale,
+    tuned_lengthscale as tuned_lengthscale,
+)
+from pyro_fordes.log_joint import LogJoint as LogJoint
+from pyro_fordes.spaces import InputGradients as InputGradients, Weights as Weights
+from pyro_fordes.transports import WGD as WGD, Ensemble as Ensemble
+
+__version__ = "0.1.0"

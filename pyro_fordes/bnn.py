@@ -1,0 +1,250 @@
+"""Priors on an unmodified ``nn.Module``, and particles that start from networks."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch import Tensor, nn
+
+from pyro_fordes._checks import ArgumentError, check_number
+
+Prior = float | torch.distributions.Distribution | Callable[[str, Tensor], Any]
+"""A standard deviation, a distribution, or a function of a parameter's name and value."""
+
+
+class _PriorFor:
+    """The prior of one parameter, built on the device and dtype its module has now."""
+
+    def __init__(self, scale: float | None, given: Any, shape: torch.Size) -> None:
+        self.scale = scale
+        self.given = given
+        self.shape = shape
+        self._built: tuple[Any, Any] = (None, None)
+
+    def __call__(self, module: nn.Module) -> Any:
+        anchor = module.get_buffer("_prior_anchor")
+        key = (anchor.device, anchor.dtype)
+        if self._built[0] != key:
+            self._built = (key, self._build(anchor))
+        return self._built[1]
+
+    def _build(self, anchor: Tensor) -> Any:
+        if self.scale is None:
+            prior = self.given
+        else:
+            # The particles are checked by the prototype run and by the driver; checks inside the
+            # distribution would be repeated at every step.
+            prior = dist.Normal(
+                anchor.new_zeros(()), anchor.new_tensor(self.scale), validate_args=False
+            )
+        batch_shape = self.shape[: len(self.shape) - prior.event_dim]
+        prior = prior.expand(batch_shape)
+        return prior.to_event(len(batch_shape)) if batch_shape else prior
+
+
+def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
+    """Put priors on the parameters of a network.
+
+    Every parameter becomes a latent site named by its path, such as ``"net.0.weight"`` where the
+    result is the attribute ``net`` of a model. The network itself is left as it was.
+
+    Args:
+        net: any ``nn.Module``.
+        prior: the standard deviation of a zero-mean Normal; or a distribution, expanded to each
+            parameter's shape; or a function of the parameter's name and value that returns either,
+            or None to leave the parameter as it is (shared by all particles, and trained).
+
+    Returns:
+        A copy of the network as a ``PyroModule``, to be called or used inside another one.
+
+    Raises:
+        ArgumentError: if a prior is of the wrong kind or does not fit a parameter's shape.
+
+    Example:
+        >>> net = bayesianize(nn.Linear(2, 1), prior=0.5)
+        >>> from pyro import poutine
+        >>> trace = poutine.trace(net).get_trace(torch.zeros(3, 2))
+        >>> {name: tuple(trace.nodes[name]["value"].shape) for name in ("weight", "bias")}
+        {'weight': (1, 2), 'bias': (1,)}
+    """
+    if not isinstance(net, nn.Module):
+        raise ArgumentError(f"bayesianize(net) needs an nn.Module, got {type(net).__name__}")
+    module = copy.deepcopy(net)
+    to_pyro_module_(module)
+    owners = dict(module.named_modules())
+    count = 0
+    for name, parameter in list(module.named_parameters()):
+        path, _, attribute = name.rpartition(".")
+        value: Any = prior
+        if _is_rule(prior):
+            value = prior(name, parameter.detach())  # type: ignore[operator]
+        if value is None:
+            continue
+        built = _check_prior(name, value, parameter)
+        owner = owners[path]
+        delattr(owner, attribute)
+        if not hasattr(owner, "_prior_anchor"):
+            owner.register_buffer("_prior_anchor", parameter.new_zeros(()), persistent=False)
+        setattr(owner, attribute, PyroSample(built))
+        count += 1
+    if count == 0:
+        raise ArgumentError(
+            f"bayesianize put no prior: {type(net).__name__} has no parameter"
+            + (" for which prior(name, value) is not None" if _is_rule(prior) else "")
+        )
+    return module
+
+
+def _is_rule(prior: Any) -> bool:
+    """Whether a prior is a function of a parameter's name and value."""
+    return callable(prior) and not isinstance(prior, torch.distributions.Distribution)
+
+
+def _check_prior(name: str, value: Any, parameter: Tensor) -> _PriorFor:
+    """The prior of one parameter, or an error that names it."""
+    if isinstance(value, torch.distributions.Distribution):
+        shape = parameter.shape
+        batch = shape[: len(shape) - len(value.event_shape)]
+        if batch + value.event_shape != shape:
+            raise ArgumentError(
+                f"the prior of parameter '{name}' has event shape {tuple(value.event_shape)}, "
+                f"which does not end the parameter's shape {tuple(shape)}"
+            )
+        try:
+            value.expand(batch)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ArgumentError(
+                f"the prior of parameter '{name}' has batch shape {tuple(value.batch_shape)}, "
+                f"which cannot be expanded to {tuple(batch)}"
+            ) from error
+        return _PriorFor(None, value, shape)
+    try:
+        scale = check_number(f"the prior of parameter '{name}'", value, minimum=0.0, exclusive=True)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{error}; give a standard deviation, a distribution, or a function of name and value"
+        ) from None
+    return _PriorFor(scale, None, parameter.shape)
+
+
+@dataclass(frozen=True)
+class InitToModules:
+    """Initial values from networks, one per particle; see `init_to_modules`."""
+
+    nets: Callable[[], nn.Module] | tuple[nn.Module, ...]
+
+    def for_particle(self, index: int, shapes: dict[str, torch.Size]) -> Callable[[Any], Tensor]:
+        """Init function of one particle.
+
+        Args:
+            index: the particle, counted from 0.
+            shapes: shape of each latent site of the model.
+
+        Raises:
+            ArgumentError: if there is no such network, or its parameters match no sites.
+        """
+        if callable(self.nets):
+            net = self.nets()
+        elif index < len(self.nets):
+            net = self.nets[index]
+        else:
+            raise ArgumentError(
+                f"init_to_modules got {len(self.nets)} networks, too few for particle {index + 1}; "
+                f"give one per particle, or a factory"
+            )
+        if not isinstance(net, nn.Module):
+            raise ArgumentError(
+                f"init_to_modules needs nn.Modules, got {type(net).__name__} for particle {index}"
+            )
+        parameters = dict(net.named_parameters())
+        prefix = _matching_prefix(parameters, shapes)
+
+        def init(site: Any) -> Tensor:
+            name = site["name"]
+            parameter = parameters.get(name.removeprefix(prefix))
+            if parameter is None or not name.startswith(prefix):
+                return init_to_sample(site)
+            return parameter.detach().to(site["fn"].sample()).clone()
+
+        return init
+
+
+def init_to_modules(
+    nets: Callable[[], nn.Module] | Iterable[nn.Module],
+) -> InitToModules:
+    """Start each particle from its own network.
+
+    Parameter names of the networks are matched to the sites of the bayesianized submodule by full
+    path; sites outside it are drawn from their priors.
+
+    Args:
+        nets: a function that builds a freshly initialised network, called once per particle, or
+            an iterable of networks (trained ones, for instance), one per particle.
+
+    Returns:
+        A value for ``ParticleInference(init_loc_fn=...)``.
+
+    Raises:
+        ArgumentError: if ``nets`` is neither.
+
+    Example:
+        >>> init = init_to_modules(lambda: nn.Linear(2, 1))
+        >>> shapes = {"net.weight": torch.Size([1, 2]), "net.bias": torch.Size([1])}
+        >>> callable(init.for_particle(0, shapes))
+        True
+    """
+    if isinstance(nets, nn.Module):
+        raise ArgumentError(
+            "init_to_modules got one nn.Module, from which all particles would start equal; give "
+            "a function that builds a new one, or a list with one per particle"
+        )
+    if callable(nets):
+        return InitToModules(nets)
+    try:
+        return InitToModules(tuple(nets))
+    except TypeError:
+        raise ArgumentError(
+            f"init_to_modules needs a function or an iterable of networks, got "
+            f"{type(nets).__name__}"
+        ) from None
+
+
+def _matching_prefix(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> str:
+    """The path under which every site has a parameter of its name and shape."""
+    candidates = set()
+    for name in parameters:
+        for site in shapes:
+            if site == name or site.endswith("." + name):
+                candidates.add(site[: len(site) - len(name)])
+    matches = {}
+    for prefix in candidates:
+        below = [site for site in shapes if site.startswith(prefix)]
+        fits = [
+            site
+            for site in below
+            if site.removeprefix(prefix) in parameters
+            and parameters[site.removeprefix(prefix)].shape == shapes[site]
+        ]
+        # At the root, sites beside the network (a noise scale, say) are allowed.
+        if fits and (len(fits) == len(below) or (prefix == "" and len(fits) == len(parameters))):
+            matches[prefix] = len(fits)
+    best = [prefix for prefix, size in matches.items() if size == max(matches.values())]
+    if len(best) != 1:
+        raise ArgumentError(
+            f"init_to_modules cannot match the network's parameters ({_some(parameters)}) to the "
+            f"model's latent sites ({_some(shapes)}): "
+            + (f"they fit under each of {sorted(best)}" if best else "names or shapes differ")
+        )
+    return best[0]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of many, for a message."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f", ... {len(names)} in all" if len(names) > 4 else "")

@@ -1,0 +1,661 @@
+r"""`ParticleInference`: the driver, and the only object that changes.
+
+.. math:: \text{velocity} = \frac1T \nabla \log p(D, \theta) + \nabla \log\lvert\det J\rvert
+    + \lambda \left(\frac{\partial r}{\partial \theta}\right)^T V(r)
+
+with temperature :math:`T`, repulsion scale :math:`\lambda`, representation :math:`r` and the
+transport's velocity :math:`V`. It is ascent on the log joint; the optimiser gets its negative.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_fordes._checks import (
+    ArgumentError,
+    ModelError,
+    NumericalError,
+    StateError,
+    check_choice,
+    check_number,
+    check_positive_int,
+)
+from pyro_fordes._random import RandomStream, preserved_rng
+from pyro_fordes.kernels import RBF
+from pyro_fordes.log_joint import LogJoint, Prototype, check_data
+from pyro_fordes.optimizers import Optim, stepper
+from pyro_fordes.particles import (
+    Call,
+    Evaluation,
+    Gather,
+    Latent,
+    OneProcess,
+    Schedule,
+    at_step,
+)
+from pyro_fordes.sites import pointwise_log_prob
+from pyro_fordes.spaces import InputGradients
+from pyro_fordes.transports import WGD, Repulsion, Transport
+
+Callback = Callable[["ParticleInference", int, float], Any]
+
+
+@dataclass(frozen=True)
+class _Forces:
+    """Everything one evaluation gives the update."""
+
+    evaluation: Evaluation
+    gradients: dict[str, Tensor]
+    shared_gradients: dict[str, Tensor]
+    diagnostics: dict[str, Any] | None
+
+
+class ParticleInference:
+    """Particle-based variational inference for any Pyro model with continuous latents.
+
+    Moves ``num_particles`` samples of the latent sites by Wasserstein gradient descent (or another
+    transport) and keeps them apart with a kernel in a space of choice. It takes the place of
+    ``pyro.infer.SVI`` or ``SVGD`` with the same model and optimiser.
+
+    Args:
+        model: any Pyro callable: a function or a ``PyroModule``.
+        optim: a ``pyro.optim`` optimiser (schedulers included), or a function of a list of tensors
+            that returns a ``torch.optim.Optimizer``.
+        num_particles: number of particles.
+        kernel: base kernel with its space; the default compares input gradients (FoRDE).
+        transport: update rule: `WGD` or `Ensemble`.
+        init_loc_fn: how particles start: a function from ``pyro.infer.autoguide.initialization``,
+            or `init_to_modules`.
+        repulsion_scale: factor of the repulsive force, a number or a function of the step. 1 is
+            the posterior-correct flow on the full-data scale; the FoRDE paper's is
+            ``num_data / batch_size``.
+        temperature: T of the target p(theta | D)^(1/T), a number or a function of the step.
+        num_data: divide the velocity by this number, so that learning rates of the
+            deep-learning literature apply. None for 1.
+        vectorize: ``"vmap"``, ``"loop"`` or ``"auto"``; see `LogJoint`.
+        seed: seed of the inference's own random numbers (initial particles, minibatches, dropout).
+            None draws one from torch's global generator, so ``pyro.set_rng_seed`` works.
+        diagnostics_every: how many steps apart the two forces are measured separately.
+        gather: how particles of other processes are seen.
+
+    Raises:
+        ArgumentError: if an argument cannot be used; nothing has run by then.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_fordes import ParticleInference, RBF, Weights
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> inference = ParticleInference(
+        ...     model, pyro.optim.Adam({"lr": 0.1}), 20, kernel=RBF(Weights()), seed=0
+        ... )
+        >>> losses = inference.run(200, torch.tensor([1.0, 2.0, 3.0]), progress_bar=False)
+        >>> inference.get_samples()["mean"].mean().round(decimals=1)
+        tensor(2.)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        optim: Optim,
+        num_particles: int,
+        *,
+        kernel: RBF = RBF(InputGradients()),
+        transport: Transport = WGD(),
+        init_loc_fn: Any = init_to_sample,
+        repulsion_scale: Schedule = 1.0,
+        temperature: Schedule = 1.0,
+        num_data: int | None = None,
+        vectorize: str = "auto",
+        seed: int | None = None,
+        diagnostics_every: int = 10,
+        gather: Gather = OneProcess(),
+    ) -> None:
+        if not callable(model):
+            raise ArgumentError(
+                f"model must be a Pyro model (a function or PyroModule), got {type(model).__name__}"
+            )
+        self.model = model
+        self.optim = optim
+        self._stepper = stepper(optim)
+        self.num_particles = check_positive_int("num_particles", num_particles)
+        if not hasattr(kernel, "evaluate") or not hasattr(kernel, "space"):
+            raise ArgumentError(
+                f"kernel must be a base kernel such as RBF(Weights()), got {kernel!r}"
+            )
+        self.kernel = kernel
+        if not hasattr(transport, "repel"):
+            raise ArgumentError(
+                f"transport must be an update rule such as WGD() or Ensemble(), got {transport!r}"
+            )
+        self.transport = transport
+        if not callable(init_loc_fn) and not hasattr(init_loc_fn, "for_particle"):
+            raise ArgumentError(
+                f"init_loc_fn must be a function of a site, such as init_to_sample, or "
+                f"init_to_modules(...), got {type(init_loc_fn).__name__}"
+            )
+        self.init_loc_fn = init_loc_fn
+        at_step("repulsion_scale", repulsion_scale, 0)
+        self.repulsion_scale = repulsion_scale
+        at_step("temperature", temperature, 0, exclusive=True)
+        self.temperature = temperature
+        if num_data is not None:
+            check_number("num_data", num_data, minimum=0.0, exclusive=True)
+        self.num_data = num_data
+        check_choice("vectorize", vectorize, ("auto", "vmap", "loop"))
+        self.diagnostics_every = check_positive_int("diagnostics_every", diagnostics_every)
+        self._gather = gather
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ArgumentError(f"seed must be an integer or None, got {seed!r}")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self._seed = seed
+        self._random = RandomStream(seed)
+        self._log_joint = LogJoint(model, vectorize)
+        self._space = kernel.space
+        self._particles: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._latents: Mapping[str, Latent] = {}
+        self._diagnostics: dict[str, Any] | None = None
+        self._step = 0
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model once, check everything and draw the initial particles.
+
+        The first `step`, `run`, `fit` or `evaluate_loss` does this; calling it again does nothing.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+
+        Raises:
+            FordesError: if model, data, space and particles do not fit together.
+        """
+        if self._particles:
+            return
+        # Two passes: the space says which submodules' outputs it wants to see.
+        prototype = self._log_joint.prototype(args, kwargs)
+        setting = self._log_joint.setting(args, kwargs, prototype)
+        latents = prototype.latents
+        values = {
+            name: site["value"] for name, site in prototype.trace.nodes.items() if name in latents
+        }
+        check_data(args, kwargs, values)
+        space = self._space
+        if self.transport.repulsive:
+            space = space.prepare(setting)
+        particles = self._initial_particles(args, kwargs, prototype)
+        buffers = {
+            name: buffer.detach().expand(self.num_particles, *buffer.shape).clone()
+            for name, buffer in self._log_joint.buffers().items()
+            if name in prototype.mutated
+        }
+        self._space, self._particles, self._buffers = space, particles, buffers
+        self._latents = latents
+        try:
+            with preserved_rng():
+                self._check_start(args, kwargs)
+        except BaseException:
+            self._space, self._particles, self._buffers = self.kernel.space, {}, {}
+            raise
+
+    def _initial_particles(
+        self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype
+    ) -> dict[str, Tensor]:
+        """Draw every particle from a seed of its own and stack them."""
+        shapes = {name: prototype.trace.nodes[name]["value"].shape for name in prototype.latents}
+        with preserved_rng():
+            torch.manual_seed(self._seed)
+            seeds = torch.randint(2**62, (self.num_particles,)).tolist()
+            drawn = []
+            for index, seed in enumerate(seeds):
+                torch.manual_seed(seed)
+                init = self.init_loc_fn
+                if hasattr(init, "for_particle"):
+                    init = init.for_particle(index, shapes)
+                drawn.append(self._log_joint.initial(init, args, kwargs, prototype.latents))
+        particles = {
+            name: torch.stack([values[name] for values in drawn]) for name in prototype.latents
+        }
+        if self.num_particles > 1 and all((v == v[:1]).all() for v in particles.values()):
+            raise ModelError(
+                "all particles start at the same values, and no force could separate them; use an "
+                "init_loc_fn that draws, such as init_to_sample or init_to_uniform"
+            )
+        return {name: value.requires_grad_() for name, value in particles.items()}
+
+    def _check_start(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Evaluate the initial particles and refuse to start if something is not finite."""
+        self._check_finite(self._forces(args, kwargs, measure=False), args, kwargs)
+
+    def _culprits(self, args: tuple, kwargs: Mapping[str, Any], particle: int) -> str:
+        """Sites whose log probability is not finite for a particle, for a message."""
+
+        def capture(call: Call) -> dict[str, Tensor]:
+            call.trace.compute_log_prob()
+            return {
+                name: torch.as_tensor(site["log_prob_sum"])
+                for name, site in call.trace.nodes.items()
+                if site["type"] == "sample"
+            }
+
+        with torch.no_grad(), preserved_rng():
+            evaluation = self._log_joint.evaluate(
+                self._particles, args, kwargs, capture=capture, buffers=self._buffers
+            )
+        names = [
+            name for name, value in evaluation.captured.items() if not value[particle].isfinite()
+        ]
+        return f" (not finite at site {', '.join(map(repr, names))})" if names else ""
+
+    # ---------------------------------------------------------------- one step
+
+    def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> _Forces:
+        """Evaluate the model and differentiate: the negative velocity of every site."""
+        repulsive = self.transport.repulsive
+        space = self._space
+        evaluation = self._log_joint.evaluate(
+            self._particles,
+            args,
+            kwargs,
+            capture=space.capture if repulsive else None,
+            submodules=space.submodules if repulsive else (),
+            input=space.input if repulsive else None,
+            buffers=self._buffers,
+        )
+        temperature = at_step("temperature", self.temperature, self._step, exclusive=True)
+        scale = at_step("repulsion_scale", self.repulsion_scale, self._step)
+        leaves = list(self._particles.values())
+        drive = -(evaluation.log_density / temperature + evaluation.log_det).sum()
+        repel, repulsion = None, None
+        if repulsive:
+            representation = space.represent(evaluation)
+            local = representation.detach()
+            repulsion = self.transport.repel(
+                self.kernel, local, self._all_particles(local), self._step
+            )
+            repel = -scale * (repulsion.velocity * representation).sum()
+        num_data = 1.0 if self.num_data is None else float(self.num_data)
+        shared_gradients = self._shared_gradients(evaluation, num_data)
+        diagnostics = None
+        if measure:
+            driving = _gradients(drive, leaves, retain=True)
+            repelling = (
+                [torch.zeros_like(leaf) for leaf in leaves]
+                if repel is None
+                else _gradients(repel, leaves, retain=False)
+            )
+            gradients = [(d + r) / num_data for d, r in zip(driving, repelling, strict=True)]
+            diagnostics = _measure(self._step, evaluation, repulsion, driving, repelling)
+        else:
+            total = drive if repel is None else drive + repel
+            gradients = _gradients(total / num_data, leaves, retain=False)
+        named = dict(zip(self._particles, gradients, strict=True))
+        return _Forces(evaluation, named, shared_gradients, diagnostics)
+
+    def _all_particles(self, local: Tensor) -> Tensor:
+        """Representations of all particles; the same object where there is one process."""
+        gathered = self._gather(local)
+        return local if gathered.data_ptr() == local.data_ptr() else gathered
+
+    def _shared_gradients(self, evaluation: Evaluation, num_data: float) -> dict[str, Tensor]:
+        """Gradient of the mean loss by parameters that all particles share.
+
+        The repulsive force is that of the particles' entropy, which does not depend on them.
+        """
+        trained = {
+            name: tensor for name, tensor in evaluation.shared.items() if tensor.requires_grad
+        }
+        if not trained:
+            return {}
+        loss = -evaluation.log_joint.mean() / num_data
+        gradients = _gradients(loss, list(trained.values()), retain=True)
+        return dict(zip(trained, gradients, strict=True))
+
+    def _update(self, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
+        """One update; returns the loss before it, on the particles' device."""
+        self.setup(*args, **kwargs)
+        measure = self._step % self.diagnostics_every == 0
+        with self._random.active():
+            forces = self._forces(args, kwargs, measure)
+        log_joint = forces.evaluation.log_joint.detach()
+        # On a CPU the check is cheap; on other devices it would wait for the device.
+        if log_joint.device.type == "cpu":
+            self._check_finite(forces, args, kwargs)
+        shared = {name: forces.evaluation.shared[name] for name in forces.shared_gradients}
+        parameters = {**self._particles, **shared}
+        gradients = {**forces.gradients, **forces.shared_gradients}
+        for name, tensor in parameters.items():
+            tensor.grad = gradients[name]
+        try:
+            self._stepper.step(parameters)
+        finally:
+            for tensor in parameters.values():
+                tensor.grad = None
+        self._buffers = dict(forces.evaluation.buffers)
+        if forces.diagnostics is not None:
+            self._diagnostics = forces.diagnostics
+        self._step += 1
+        return -log_joint.mean()
+
+    def _check_finite(self, forces: _Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Refuse an update that would make a particle useless, before it is made."""
+        start = "at the start" if self._step == 0 else f"at step {self._step}"
+        log_joint = forces.evaluation.log_joint
+        if not log_joint.isfinite().all():
+            particle = int((~log_joint.isfinite()).nonzero()[0])
+            raise NumericalError(
+                f"{start} the log joint of particle {particle} is {log_joint[particle].item()}"
+                f"{self._culprits(args, kwargs, particle)}; the particles were left as they are. "
+                f"Check the data for NaN, lower the learning rate, or start elsewhere with "
+                f"init_loc_fn"
+            )
+        named = {**forces.gradients, **forces.shared_gradients}
+        if not nn.utils.get_total_norm(list(named.values()), norm_type=1.0).isfinite():
+            sites = [name for name, gradient in named.items() if not gradient.isfinite().all()]
+            raise NumericalError(
+                f"{start} the force on {', '.join(map(repr, sites)) or 'all sites together'} is "
+                f"not finite, though the log joint is; the particles were left as they are. Check "
+                f"the model's gradients there, or lower the learning rate"
+            )
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Move all particles once.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The loss: mean over particles of the negative log joint before the update, on the
+            full-data scale.
+
+        Raises:
+            FordesError: if something does not fit or is not finite; the particles are then
+                unchanged.
+        """
+        return self._update(args, kwargs).item()
+
+    @torch.no_grad()
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss that `step` would return, without an update.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            Mean over particles of the negative log joint.
+        """
+        with torch.enable_grad():
+            self.setup(*args, **kwargs)
+        with self._random.active():
+            evaluation = self._log_joint.evaluate(
+                self._particles, args, kwargs, buffers=self._buffers
+            )
+        return -evaluation.log_joint.mean().item()
+
+    # ---------------------------------------------------------------- loops
+
+    def run(
+        self,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, " step"]:
+        """Take ``num_steps`` steps on the same arguments.
+
+        Args:
+            num_steps: number of steps.
+            *args: arguments of the model.
+            progress_bar: whether to show one, with the loss and the force ratio.
+            callback: called as ``callback(inference, step, loss)`` after each step; returning True
+                stops.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The loss of each step taken.
+        """
+        check_positive_int("num_steps", num_steps)
+        losses: list[Tensor] = []
+        with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
+            for _ in range(num_steps):
+                if self._advance(args, kwargs, losses, bar, callback):
+                    break
+        return torch.stack(losses).cpu()
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        num_epochs: int,
+        *,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+    ) -> Float[Tensor, " step"]:
+        """Take one step per batch of a data loader, for some epochs.
+
+        A batch that is a tuple or list becomes the model's positional arguments, a mapping its
+        keyword arguments, anything else its only argument. A ``pyro.optim`` learning-rate scheduler
+        is stepped at the end of each epoch.
+
+        Args:
+            loader: an iterable of batches that can be iterated once per epoch.
+            num_epochs: number of passes.
+            progress_bar: whether to show one, with the loss and the force ratio.
+            callback: called as ``callback(inference, step, loss)`` after each step; returning True
+                stops.
+
+        Returns:
+            The loss of each step taken.
+
+        Raises:
+            ArgumentError: if the loader cannot be iterated (again) or is empty.
+        """
+        check_positive_int("num_epochs", num_epochs)
+        if not isinstance(loader, Iterable):
+            raise ArgumentError(
+                f"loader must be an iterable of batches, such as a torch DataLoader, got "
+                f"{type(loader).__name__}"
+            )
+        if num_epochs > 1 and iter(loader) is loader:
+            raise ArgumentError(
+                f"loader is an iterator ({type(loader).__name__}), which is empty after one epoch, "
+                f"but num_epochs is {num_epochs}; pass a list or a DataLoader"
+            )
+        length = len(loader) if isinstance(loader, Sized) else None
+        total = None if length is None else num_epochs * length
+        losses: list[Tensor] = []
+        with tqdm(total=total, disable=not progress_bar, unit="step") as bar:
+            for epoch in range(num_epochs):
+                bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
+                start = len(losses)
+                for batch in loader:
+                    args, kwargs = _arguments(batch)
+                    if self._advance(args, kwargs, losses, bar, callback):
+                        return torch.stack(losses).cpu()
+                if len(losses) == start:
+                    raise ArgumentError(
+                        "the loader gave no batch; is the data set empty, or drop_last=True with "
+                        "fewer points than a batch?"
+                    )
+                self._stepper.end_epoch(float(torch.stack(losses[start:]).mean()))
+        return torch.stack(losses).cpu()
+
+    def _advance(
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        losses: list[Tensor],
+        bar: Any,
+        callback: Callback | None,
+    ) -> bool:
+        """One step of a loop; returns whether the callback asked to stop."""
+        step = self._step
+        losses.append(self._update(args, kwargs))
+        bar.update()
+        if not bar.disable and step % self.diagnostics_every == 0:
+            ratio = self.diagnostics()["force_ratio"]
+            bar.set_postfix(loss=f"{losses[-1].item():.4g}", force_ratio=f"{ratio:.2g}")
+        return callback is not None and callback(self, step, losses[-1].item()) is True
+
+    # ---------------------------------------------------------------- results
+
+    def _started(self) -> None:
+        if not self._particles:
+            raise StateError(
+                "there are no particles yet; call step, run, fit or setup with the model's "
+                "arguments first"
+            )
+
+    @torch.no_grad()
+    def get_samples(self, num_samples: int | None = None) -> dict[str, Tensor]:
+        """Values of the latent sites in their supports, particle axis first.
+
+        Args:
+            num_samples: draw this many particles with replacement, as ``MCMC.get_samples`` does;
+                None gives each particle once.
+
+        Returns:
+            ``{site: (particle, *site shape)}``, detached.
+
+        Raises:
+            StateError: if there are no particles yet.
+        """
+        self._started()
+        samples = self._log_joint.constrain(self._particles, self._latents)
+        samples = {name: value.detach().clone() for name, value in samples.items()}
+        if num_samples is None:
+            return samples
+        check_positive_int("num_samples", num_samples)
+        with self._random.active():
+            chosen = torch.randint(self.num_particles, (num_samples,))
+        return {name: value[chosen.to(value.device)] for name, value in samples.items()}
+
+    def get_named_particles(self) -> dict[str, Tensor]:
+        """The same as `get_samples`, under the name that ``pyro.infer.SVGD`` uses."""
+        return self.get_samples()
+
+    def diagnostics(self) -> dict[str, Any]:
+        r"""What the last measured step showed (every ``diagnostics_every``-th is measured).
+
+        Returns:
+            ``step``; ``log_joint`` per particle before the update; ``driving_force`` and
+            ``repulsive_force``, the norms per particle of the two parts of the velocity (full-data
+            scale, repulsion scale included); ``force_ratio``, the mean of the second over the mean
+            of the first; ``effective_particles``, :math:`M^2 / \sum_{ij} k_{ij}`; and
+            ``bandwidth``, the mean over points. The last two are NaN for transports that compare
+            nothing.
+
+        Raises:
+            StateError: if no step has been taken.
+        """
+        if self._diagnostics is None:
+            raise StateError("no step has been taken yet; call step, run or fit first")
+        return {
+            name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in self._diagnostics.items()
+        }
+
+    @torch.no_grad()
+    def log_likelihood(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Pointwise log likelihood of the observed sites under each particle.
+
+        Not scaled by plates or ``poutine.scale``; masked entries are 0.
+
+        Args:
+            *args: arguments of the model, observations included.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            ``{site: (particle, *batch shape)}``.
+        """
+        with torch.enable_grad():
+            self.setup(*args, **kwargs)
+        with preserved_rng():
+            evaluation = self._log_joint.evaluate(
+                self._particles, args, kwargs, capture=pointwise_log_prob, buffers=self._buffers
+            )
+        return evaluation.captured
+
+    @torch.no_grad()
+    def log_joint(self, *args: Any, **kwargs: Any) -> Float[Tensor, " particle"]:
+        """Log joint of each particle on the full-data scale, in unconstrained space.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+        """
+        with torch.enable_grad():
+            self.setup(*args, **kwargs)
+        with preserved_rng():
+            evaluation = self._log_joint.evaluate(
+                self._particles, args, kwargs, buffers=self._buffers
+            )
+        return evaluation.log_joint
+
+    def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
+        """The model's prototype run for these arguments: its trace, plates and latent sites."""
+        return self._log_joint.prototype(args, kwargs)
+
+
+def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Tensor]:
+    """Gradient of a scalar by tensors, zero where it does not depend on one."""
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    gradients = torch.autograd.grad(total, leaves, retain_graph=retain, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for gradient, leaf in zip(gradients, leaves, strict=True)
+    ]
+
+
+def _measure(
+    step: int,
+    evaluation: Evaluation,
+    repulsion: Repulsion | None,
+    driving: list[Tensor],
+    repelling: list[Tensor],
+) -> dict[str, Any]:
+    """Diagnostics of a step, on the device."""
+    drive, repel = _norms(driving), _norms(repelling)
+    effective = bandwidth = drive.new_tensor(math.nan)
+    if repulsion is not None:
+        kernel = repulsion.kernel.mean
+        effective = kernel.shape[0] * kernel.shape[1] / kernel.sum()
+        bandwidth = repulsion.kernel.bandwidth.mean()
+    return {
+        "step": step,
+        "log_joint": evaluation.log_joint.detach(),
+        "driving_force": drive,
+        "repulsive_force": repel,
+        "force_ratio": repel.mean() / drive.mean(),
+        "effective_particles": effective,
+        "bandwidth": bandwidth,
+    }
+
+
+def _norms(parts: list[Tensor]) -> Float[Tensor, " particle"]:
+    """Euclidean norm of each particle's share of some stacked tensors."""
+    return torch.stack([part.reshape(len(part), -1).norm(dim=1) for part in parts]).norm(dim=0)
+
+
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """A batch as positional and keyword arguments of the model."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}

@@ -1,0 +1,595 @@
+r"""From a Pyro model to the log joint of stacked unconstrained particles.
+
+For a model :math:`p(D, \theta)` with supports mapped to the real line by
+:math:`\theta = T(u)`, a particle :math:`u` has the log joint
+
+.. math:: \log p(D, T(u)) + \log \lvert \det J_T(u) \rvert
+
+on the scale of the full data (plates scale by size over subsample size). All particles of a call
+see the same minibatch. The model is run unmodified, once for all particles under
+``torch.func.vmap`` or once per particle in a loop.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.utils import _pytree as pytree
+
+from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
+from pyro_fordes._random import preserved_rng
+from pyro_fordes.particles import (
+    Call,
+    Evaluation,
+    Latent,
+    Setting,
+    Subsample,
+    Values,
+)
+from pyro_fordes.sites import latent_sites
+
+_NO_CAPTURE: tuple[()] = ()
+
+
+class _Replay(Messenger):
+    """Give latent sites a particle's values and subsampled plates the step's indices."""
+
+    def __init__(self, values: Mapping[str, Tensor], subsamples: Mapping[str, Subsample]) -> None:
+        super().__init__()
+        self._values = values
+        self._subsamples = subsamples
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self._values:
+            msg["value"] = self._values[name]
+            msg["done"] = True
+        elif name in self._subsamples and site_is_subsample(msg):
+            drawn, fn = self._subsamples[name], msg["fn"]
+            if (fn.size, fn.subsample_size) != (drawn.size, len(drawn.indices)):
+                raise ModelError(
+                    f"plate '{name}' has size {fn.size} and subsample size {fn.subsample_size}, "
+                    f"but had {drawn.size} and {len(drawn.indices)} when the model was run with "
+                    f"arguments of the same shapes; sizes must follow from the arguments' shapes"
+                )
+            msg["value"] = drawn.indices
+            msg["done"] = True
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """One run of the model with Pyro's validation on, for arguments of given shapes.
+
+    Attributes:
+        trace: the run's trace, with log probabilities.
+        plates: size, subsample size and device of each plate that draws a minibatch.
+        latents: the continuous latent sites.
+        mutated: names of the module buffers that the run changed.
+    """
+
+    trace: Any
+    plates: Mapping[str, tuple[int, int, Any]]
+    latents: Mapping[str, Latent]
+    mutated: tuple[str, ...]
+
+
+class _Wrapped(nn.Module):
+    """Makes a call of the model a forward pass, so that ``functional_call`` can swap buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+class LogJoint:
+    """The log joint of a Pyro model as a function of stacked unconstrained particles.
+
+    Args:
+        model: any Pyro callable with continuous latent sites: a function or a ``PyroModule``.
+        vectorize: ``"vmap"`` runs the model once for all particles, ``"loop"`` once per particle,
+            ``"auto"`` takes the loop on a CPU for models with convolutions (which ``vmap`` turns
+            into slower grouped ones) and ``vmap`` otherwise.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        >>> log_joint = LogJoint(model)
+        >>> log_joint.prototype((), {}).latents["z"].shape
+        torch.Size([])
+        >>> log_joint.evaluate({"z": torch.zeros(3)}, (), {}).log_joint
+        tensor([-0.9189, -0.9189, -0.9189])
+    """
+
+    def __init__(self, model: Callable[..., Any], vectorize: str = "auto") -> None:
+        self.model = model
+        self.vectorize = vectorize
+        self._signature = _signature(model)
+        self._wrapped = _Wrapped(model) if isinstance(model, nn.Module) else None
+        self._prototypes: dict[Any, Prototype] = {}
+
+    # ---------------------------------------------------------------- arguments
+
+    def locate(self, key: int | str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[str, Any]:
+        """Find a model argument by name or position.
+
+        Returns:
+            Its name (its position as text where the model takes ``*args``) and its value.
+
+        Raises:
+            ArgumentError: if there is no such argument in the call.
+        """
+        place = self._place(key, args, kwargs)
+        value = args[place] if isinstance(place, int) else kwargs[place]
+        names = self._names()
+        if isinstance(place, int):
+            return (names[place] if place < len(names) else str(place)), value
+        return place, value
+
+    def _names(self) -> list[str]:
+        """Names of the parameters that can be given by position."""
+        if self._signature is None:
+            return []
+        positional = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        return [p.name for p in self._signature.parameters.values() if p.kind in positional]
+
+    def _place(self, key: int | str, args: tuple, kwargs: Mapping[str, Any]) -> int | str:
+        """Position in ``args`` or name in ``kwargs`` of an argument."""
+        names = self._names()
+        if isinstance(key, str) and key.isdigit():
+            key = int(key)
+        if isinstance(key, str):
+            if key in kwargs:
+                return key
+            if key in names and names.index(key) < len(args):
+                return names.index(key)
+        else:
+            if 0 <= key < len(args):
+                return key
+            if 0 <= key < len(names) and names[key] in kwargs:
+                return names[key]
+        given = names[: len(args)] or list(map(str, range(len(args))))
+        given = given + list(kwargs)
+        raise ArgumentError(
+            f"the model has no argument {key!r} in this call; it got {', '.join(given) or 'none'}"
+        )
+
+    # ---------------------------------------------------------------- prototype
+
+    def prototype(self, args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
+        """Run the model once with validation on, unless it was with arguments of these shapes.
+
+        Random numbers and module buffers are left as they were.
+
+        Raises:
+            ModelError: if the model has no latent site, or one that particles cannot represent.
+        """
+        key = _shapes((args, dict(kwargs)))
+        if key not in self._prototypes:
+            if len(self._prototypes) >= 64:
+                self._prototypes.pop(next(iter(self._prototypes)))
+            self._prototypes[key] = self._run_prototype(args, kwargs)
+        return self._prototypes[key]
+
+    def _run_prototype(self, args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
+        buffers = self.buffers()
+        saved = {
+            name: (buffer, buffer._version, buffer.clone()) for name, buffer in buffers.items()
+        }
+        try:
+            with (
+                preserved_rng(),
+                pyro.validation_enabled(True),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                trace = poutine.trace(InitMessenger(init_to_sample)(self.model)).get_trace(
+                    *args, **kwargs
+                )
+                _check_sites(trace)
+                trace.compute_log_prob()
+                for site in trace.nodes.values():
+                    if site["type"] == "sample" and not site_is_subsample(site):
+                        check_site_shape(site, math.inf)
+            now = self.buffers()
+            mutated = tuple(
+                name
+                for name, (buffer, version, _) in saved.items()
+                if now.get(name) is buffer and buffer._version != version
+            )
+            replaced = [name for name, (buffer, *_) in saved.items() if now.get(name) is not buffer]
+            if replaced:
+                raise ModelError(
+                    f"the model replaces the buffers {replaced} instead of updating them in "
+                    f"place, which cannot be kept per particle; write buffer.copy_(new)"
+                )
+        finally:
+            with torch.no_grad():
+                for buffer, version, value in saved.values():
+                    if buffer._version != version:
+                        buffer.copy_(value)
+        plates = {
+            name: (site["fn"].size, site["fn"].subsample_size, site["fn"].device)
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and site_is_subsample(site)
+            and site["fn"].subsample_size not in (None, site["fn"].size)
+        }
+        return Prototype(trace, plates, _latents(trace), mutated)
+
+    def setting(self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype) -> Setting:
+        """What a space may check itself against."""
+        paths = (
+            tuple(name for name, _ in self.model.named_modules() if name)
+            if isinstance(self.model, nn.Module)
+            else ()
+        )
+        return Setting(
+            lambda key: self.locate(key, args, kwargs),
+            paths,
+            prototype.trace,
+            prototype.latents,
+        )
+
+    def initial(
+        self,
+        init: Callable[[Any], Tensor],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        latents: Mapping[str, Latent],
+    ) -> dict[str, Tensor]:
+        """Unconstrained values of one new particle, its sites filled by ``init(site)``.
+
+        Raises:
+            ModelError: if a site's support depends on the values of others.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.buffers().items()}
+        with torch.no_grad(), pyro.validation_enabled(False):
+            run = poutine.trace(InitMessenger(init)(self.model)).get_trace
+            trace = self._with_buffers(buffers, lambda: run(*args, **kwargs))
+        values = {}
+        for name, latent in latents.items():
+            site = trace.nodes.get(name)
+            if site is None:
+                raise ModelError(
+                    f"latent site '{name}' was missing when the model was run again; the set of "
+                    f"sites must not change from run to run"
+                )
+            zero = torch.zeros(latent.shape).to(site["value"])
+            here = biject_to(site["fn"].support)
+            if not torch.equal(here(zero), latent.transform(zero)):
+                raise ModelError(
+                    f"the support of site '{name}' changes with the values of other sites; sample "
+                    f"it on a fixed support and transform it with pyro.deterministic"
+                )
+            values[name] = latent.transform.inv(site["value"]).detach().clone()
+        return values
+
+    # ---------------------------------------------------------------- evaluation
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's own module buffers, by name (empty for a plain function)."""
+        return dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
+
+    def constrain(self, values: Values, latents: Mapping[str, Latent]) -> dict[str, Tensor]:
+        """Map stacked unconstrained values to the sites' supports."""
+        return {
+            name: torch.func.vmap(latents[name].transform)(value) for name, value in values.items()
+        }
+
+    def evaluate(
+        self,
+        values: Values,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        capture: Callable[[Call], Any] | None = None,
+        submodules: tuple[str, ...] = (),
+        input: int | str | None = None,
+        buffers: Values | None = None,
+    ) -> Evaluation:
+        """Log joint of every particle, and what ``capture`` keeps of each run.
+
+        Args:
+            values: unconstrained values, ``(particle, *shape)`` each.
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            capture: function of a particle's `Call` that returns a tree of tensors.
+            submodules: paths of submodules whose outputs ``capture`` reads.
+            input: argument that gets a particle axis and requires a gradient.
+            buffers: per-particle values of the buffers that the model changes; they are copied.
+
+        Raises:
+            ModelError: if the model cannot be run for all particles at once.
+            NumericalError: if a value is outside a distribution's support (NaN, for one).
+        """
+        prototype = self.prototype(args, kwargs)
+        subsamples = {
+            name: Subsample(_draw(size, count, device), size)
+            for name, (size, count, device) in prototype.plates.items()
+        }
+        count = len(next(iter(values.values())))
+        inputs, place = {}, None
+        if input is not None:
+            name, tensor = self.locate(input, args, kwargs)
+            place = self._place(input, args, kwargs)
+            inputs[name] = tensor.detach().expand(count, *tensor.shape).requires_grad_()
+        stacked = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
+        shared: dict[str, Tensor] = {}
+
+        def run(
+            particle: Mapping[str, Tensor],
+            stand_in: Mapping[str, Tensor],
+            own_buffers: dict[str, Tensor],
+        ) -> tuple[Tensor, Tensor, Any]:
+            constrained, log_det = _constrain(particle, prototype.latents)
+            call_args, call_kwargs = args, kwargs
+            for tensor in stand_in.values():
+                call_args, call_kwargs = _substitute(args, kwargs, place, tensor)
+            with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
+                trace = self._with_buffers(
+                    own_buffers,
+                    lambda: poutine.trace(self.model).get_trace(*call_args, **call_kwargs),
+                )
+            log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
+            for name, site in trace.nodes.items():
+                if site["type"] == "param":
+                    shared[name] = site["value"].unconstrained()
+            if not isinstance(log_density, Tensor):
+                log_density = log_det.new_tensor(log_density)
+            captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
+            return log_density, log_det, captured
+
+        # Second derivatives of fused attention do not exist; the plain one has them.
+        attention = _plain_attention() if input is not None else nullcontext()
+        try:
+            with pyro.validation_enabled(False), attention:
+                if self.engine(next(iter(values.values())).device) == "vmap":
+                    results = torch.func.vmap(run, randomness="different")(
+                        dict(values), inputs, stacked
+                    )
+                else:
+                    results, stacked = _loop(run, values, inputs, stacked, count)
+        except (ModelError, ArgumentError):
+            raise
+        except ValueError as error:
+            raise NumericalError(
+                f"a particle's value is outside the support of its distribution: "
+                f"{str(error).splitlines()[0]}; a NaN here is most often a learning rate that is "
+                f"too large"
+            ) from error
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        log_density, log_det, captured = results
+        return Evaluation(
+            values, log_density, log_det, captured, inputs, subsamples, stacked, shared
+        )
+
+    def engine(self, device: torch.device) -> str:
+        """The engine that runs on a device: the rule of ``vectorize="auto"``."""
+        if self.vectorize != "auto":
+            return self.vectorize
+        convolution = nn.modules.conv._ConvNd
+        has_convolution = isinstance(self.model, nn.Module) and any(
+            isinstance(module, convolution) for module in self.model.modules()
+        )
+        return "loop" if has_convolution and device.type == "cpu" else "vmap"
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """A `ModelError` for what vmap cannot do; other errors of the model as they are."""
+        text = str(error)
+        if "running_mean" in text or "in-place" in text or "inplace" in text:
+            hint = (
+                "the model updates a tensor in place (BatchNorm in a plain function?); write the "
+                "model as a PyroModule so that its buffers can be kept per particle"
+            )
+        elif "vmap" in text or "data-dependent" in text or "BatchedTensor" in text:
+            hint = "some operation has no vectorised form; use vectorize='loop'"
+        else:
+            return ModelError(f"the model failed when run with particles: {text}")
+        return ModelError(f"the model cannot be vectorised over particles: {hint}. torch: {text}")
+
+    def _with_buffers(self, buffers: dict[str, Tensor], run: Callable[[], Any]) -> Any:
+        """Run with the model's buffers replaced (and updated in place)."""
+        if not buffers or self._wrapped is None:
+            return run()
+        swapped = {f"model.{name}": buffer for name, buffer in buffers.items()}
+        return torch.func.functional_call(self._wrapped, swapped, (run,))
+
+    @contextmanager
+    def _recorded(self, submodules: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """Record the outputs of submodules while the model runs."""
+        outputs: dict[str, Any] = {}
+        with ExitStack() as stack:
+            for path in submodules:
+
+                def hook(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+                    outputs[path] = output
+
+                handle = self.model.get_submodule(path).register_forward_hook(hook)  # type: ignore[attr-defined]
+                stack.callback(handle.remove)
+            yield outputs
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
+    """Signature of the function that Pyro calls, None where it cannot be known."""
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None
+
+
+def _shapes(tree: Any) -> Any:
+    """Hashable description of call arguments: equal ones give the same prototype."""
+    leaves, spec = pytree.tree_flatten(tree)
+    described = tuple(
+        (leaf.shape, leaf.dtype, leaf.device)
+        if isinstance(leaf, Tensor)
+        else leaf
+        if isinstance(leaf, bool | int | str | None)
+        else type(leaf)
+        for leaf in leaves
+    )
+    return described, str(spec)
+
+
+def _draw(size: int, count: int, device: Any) -> Tensor:
+    """Indices of a minibatch without replacement, as ``pyro.plate`` draws them."""
+    return torch.randperm(size, device=device)[:count]
+
+
+def _check_sites(trace: Any) -> None:
+    """Refuse latent sites that particles cannot represent, naming them."""
+    names = latent_sites(trace)
+    for name in names:
+        site = trace.nodes[name]
+        fn = site["fn"]
+        if fn.support.is_discrete:
+            raise ModelError(
+                f"latent site '{name}' is discrete ({type(fn).__name__}); particles move by "
+                f"gradients and need continuous latents. Marginalise it in the model, or observe it"
+            )
+        for frame in site["cond_indep_stack"]:
+            full = getattr(frame, "full_size", None)
+            if full is not None and full != frame.size:
+                raise ModelError(
+                    f"latent site '{name}' is local to plate '{frame.name}', which subsamples "
+                    f"{frame.size} of {full}: a particle has one value per row of the whole plate. "
+                    f"Use the full plate, or marginalise the site"
+                )
+    if not names:
+        sites = [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+        raise ModelError(
+            f"the model has no latent site, so there is nothing to infer (sites: "
+            f"{', '.join(sites) or 'none'}); give its parameters priors, with PyroSample or "
+            f"bayesianize(net)"
+        )
+
+
+def _latents(trace: Any) -> dict[str, Latent]:
+    """The latent sites of a checked trace."""
+    latents = {}
+    for name in latent_sites(trace):
+        site = trace.nodes[name]
+        try:
+            transform = biject_to(site["fn"].support)
+        except NotImplementedError:
+            raise ModelError(
+                f"latent site '{name}' has support {site['fn'].support}, which torch cannot map "
+                f"to the real line; use a distribution with another support"
+            ) from None
+        shape = transform.inv(site["value"]).shape
+        dims = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+        latents[name] = Latent(name, transform, shape, dims)
+    return latents
+
+
+def _constrain(
+    values: Mapping[str, Tensor], latents: Mapping[str, Latent]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One particle's constrained values and the sum of log determinants."""
+    constrained = {}
+    log_det: Tensor | float = 0.0
+    for name, value in values.items():
+        transform = latents[name].transform
+        constrained[name] = transform(value)
+        if not _is_identity(transform):
+            log_det = log_det + transform.log_abs_det_jacobian(value, constrained[name]).sum()
+    if not isinstance(log_det, Tensor):
+        log_det = next(iter(values.values())).new_zeros(())
+    return constrained, log_det
+
+
+def _is_identity(transform: Any) -> bool:
+    """Whether a transform is the identity, also under ``IndependentTransform``."""
+    while hasattr(transform, "base_transform"):
+        transform = transform.base_transform
+    return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
+
+
+def _substitute(
+    args: tuple, kwargs: Mapping[str, Any], place: int | str | None, value: Tensor
+) -> tuple[tuple, Mapping[str, Any]]:
+    """The call's arguments with one of them replaced."""
+    if isinstance(place, int):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, str(place): value}
+
+
+def _loop(
+    run: Callable[..., Any], values: Values, inputs: Values, buffers: Values, count: int
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run one particle after the other and stack the results, as vmap would."""
+    # One unbind per tensor: the backward of indexing would allocate a full zero tensor each time.
+    parts = [
+        {name: tensor.unbind(0) for name, tensor in group.items()}
+        for group in (values, inputs, buffers)
+    ]
+    results, updated = [], []
+    for i in range(count):
+        particle, stand_in, own = (
+            {name: tensors[i] for name, tensors in group.items()} for group in parts
+        )
+        own = {name: buffer.clone() for name, buffer in own.items()}
+        results.append(run(particle, stand_in, own))
+        updated.append(own)
+    leaves, specs = zip(*(pytree.tree_flatten(result) for result in results), strict=True)
+    stacked = [torch.stack(column) for column in zip(*leaves, strict=True)]
+    new_buffers = {name: torch.stack([own[name] for own in updated]) for name in buffers}
+    return pytree.tree_unflatten(stacked, specs[0]), new_buffers
+
+
+def _plain_attention() -> Any:
+    """Scaled dot-product attention by plain operations, which can be differentiated twice."""
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+
+
+def check_data(args: tuple, kwargs: Mapping[str, Any], latents: Mapping[str, Tensor]) -> None:
+    """Refuse latents or data that mix devices or floating-point types, naming the first.
+
+    Args:
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        latents: latent values, by site.
+
+    Raises:
+        ModelError: if something lies on another device or has another floating-point type.
+    """
+    reference_name, reference = next(iter(latents.items()))
+    named = [(f"latent site '{name}'", value) for name, value in latents.items()]
+    for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
+        if isinstance(leaf, Tensor):
+            named.append((f"model argument {_argument_name(path)}", leaf))
+    for name, tensor in named:
+        if tensor.device != reference.device or (
+            tensor.is_floating_point() and tensor.dtype != reference.dtype
+        ):
+            raise ModelError(
+                f"{name} is {describe(tensor)}, but latent site '{reference_name}' is "
+                f"{describe(reference)}; bring both to one device and dtype with .to(...)"
+            )
+
+
+def _argument_name(path: tuple) -> str:
+    """Readable place of a leaf in ``(args, kwargs)``."""
+    keys = [getattr(key, "key", getattr(key, "idx", key)) for key in path]
+    return " ".join(repr(key) for key in keys[1:])

@@ -1,0 +1,207 @@
+"""Particles as stacked values, and the small records that pass between the parts.
+
+Axes, always in this order: ``particle, point, feature`` for representations and
+``(particle, *site shape)`` for values. ``local`` is the particle axis of this process where
+particles are spread over several.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pyro_fordes._checks import ArgumentError, check_number
+
+Values = Mapping[str, Tensor]
+"""Stacked values: site name to a tensor of shape ``(particle, *site shape)``."""
+
+Schedule = float | Callable[[int], float]
+"""A number, or a function of the step (0, 1, ...) that gives one."""
+
+
+def at_step(
+    name: str, schedule: Schedule, step: int, *, minimum: float = 0.0, exclusive: bool = False
+) -> float:
+    """Value of a number or schedule at a step, checked.
+
+    Args:
+        name: the argument's name, for messages.
+        schedule: a number or a function of the step.
+        step: the step, counted from 0.
+        minimum: lower bound of the value.
+        exclusive: whether the bound itself is refused.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        ArgumentError: if the value is no finite number in the range.
+
+    Example:
+        >>> at_step("temperature", lambda step: 1.0 + step, 3)
+        4.0
+    """
+    if not callable(schedule):
+        return check_number(name, schedule, minimum=minimum, exclusive=exclusive)
+    value = schedule(step)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return check_number(f"{name}({step})", value, minimum=minimum, exclusive=exclusive)
+
+
+def ravel(values: Values) -> Float[Tensor, "particle param"]:
+    """Join stacked site values to one row per particle, sites in the mapping's order.
+
+    Example:
+        >>> ravel({"a": torch.zeros(2, 3), "b": torch.ones(2)}).shape
+        torch.Size([2, 4])
+    """
+    if not values:
+        raise ArgumentError("there is no site to join: got an empty mapping of values")
+    return torch.cat([value.reshape(len(value), -1) for value in values.values()], dim=1)
+
+
+def unravel(flat: Float[Tensor, "particle param"], like: Values) -> dict[str, Tensor]:
+    """Undo `ravel`: split rows into sites with the shapes of ``like``.
+
+    Args:
+        flat: one row per particle.
+        like: stacked values whose names, order and site shapes are taken.
+
+    Raises:
+        ArgumentError: if the row length is not the sites' total size.
+
+    Example:
+        >>> values = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
+        >>> unravel(ravel(values), values)["b"]
+        tensor([1., 1.])
+    """
+    sizes = [value[0].numel() for value in like.values()]
+    if flat.shape[1] != sum(sizes):
+        raise ArgumentError(
+            f"rows have {flat.shape[1]} entries, but the sites {list(like)} need {sum(sizes)}"
+        )
+    parts = flat.split(sizes, dim=1)
+    return {
+        name: part.reshape(len(flat), *value.shape[1:])
+        for (name, value), part in zip(like.items(), parts, strict=True)
+    }
+
+
+class Gather(Protocol):
+    """How a process that owns some particles sees the others.
+
+    One process owns all particles (`OneProcess`). An implementation over several ranks gathers
+    representations along the particle axis, in the order of particles.
+    """
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Tensor of all particles from that of the particles here (first axis), detached."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """`Gather` of a process that owns all particles.
+
+    Example:
+        >>> OneProcess()(torch.ones(2)).shape
+        torch.Size([2])
+    """
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Return the tensor itself, detached."""
+        return local.detach()
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A continuous latent site.
+
+    Attributes:
+        name: the site's name.
+        transform: bijection from unconstrained to constrained values (``biject_to`` of the
+            support).
+        shape: shape of one particle's unconstrained value.
+        dims: names of the plates the site is in, by negative batch dimension.
+    """
+
+    name: str
+    transform: Any
+    shape: torch.Size
+    dims: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one particle's run of the model left behind, for a space to read.
+
+    Attributes:
+        trace: the Pyro trace (sites with ``fn`` and ``value``).
+        modules: outputs of the submodules that the space asked for, by path.
+    """
+
+    trace: Any
+    modules: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known about a model before any particle moves; spaces check themselves against it.
+
+    Attributes:
+        locate: finds a model argument by name or position and returns it with its name.
+        modules: paths of the model's submodules (empty for a plain function).
+        trace: the trace of the prototype run.
+        latents: the latent sites.
+    """
+
+    locate: Callable[[int | str], tuple[str, Any]]
+    modules: tuple[str, ...]
+    trace: Any
+    latents: Mapping[str, Latent]
+
+
+@dataclass(frozen=True)
+class Subsample:
+    """The minibatch that a subsampled plate drew in this step, the same for all particles.
+
+    Attributes:
+        indices: the drawn indices.
+        size: the plate's full size.
+    """
+
+    indices: Int[Tensor, " index"]
+    size: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model evaluated at all particles of this process.
+
+    Attributes:
+        values: unconstrained values, ``(particle, *shape)`` each.
+        log_density: full-data log density of the constrained values, ``(particle,)``.
+        log_det: log absolute determinant of the transforms' Jacobian, ``(particle,)``.
+        captured: what the space captured in each particle's run, with a leading particle axis.
+        inputs: model arguments that were given a particle axis, by name.
+        subsamples: what the subsampled plates drew, by plate.
+        buffers: module buffers after the run, ``(particle, *shape)`` each.
+        shared: the unconstrained parameters that the model read, which all particles share.
+    """
+
+    values: Values
+    log_density: Float[Tensor, " particle"]
+    log_det: Float[Tensor, " particle"]
+    captured: Any
+    inputs: Mapping[str, Tensor]
+    subsamples: Mapping[str, Subsample]
+    buffers: Values
+    shared: Mapping[str, Tensor]
+
+    @property
+    def log_joint(self) -> Float[Tensor, " particle"]:
+        """Log joint density of the unconstrained values, on the full-data scale."""
+        return self.log_density + self.log_det
