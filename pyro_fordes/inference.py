@@ -96,7 +96,7 @@ class ParticleInference:
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
         >>> inference = ParticleInference(
-        ...     model, pyro.optim.Adam({"lr": 0.1}), 20, kernel=RBF(Weights()), seed=0
+        ...     model, pyro.optim.Adam({"lr": 0.5}), 20, kernel=RBF(Weights()), seed=0
         ... )
         >>> losses = inference.run(200, torch.tensor([1.0, 2.0, 3.0]), progress_bar=False)
         >>> inference.get_samples()["mean"].mean().round(decimals=1)

@@ -22,6 +22,10 @@ class Lengthscale:
     Attributes:
         precision: the diagonal of :math:`\Sigma^{-1}`, or None for the identity.
         rotation: principal components in columns, or None for the identity.
+
+    Example:
+        >>> Lengthscale(precision=torch.tensor([4.0, 1.0]))(torch.tensor([0.6, 0.8]))
+        tensor([1.2000, 0.8000])
     """
 
     precision: Float[Tensor, " feature"] | None = None

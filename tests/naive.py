@@ -1,0 +1,56 @@
+"""Slow and obvious implementations that the library is checked against."""
+
+import math
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+
+
+def unit(g, eps=1e-12):
+    """Gradient over its length, typed out."""
+    return g / torch.sqrt((g * g).sum(-1, keepdim=True) + eps**2)
+
+
+def bandwidth(r, per):
+    """Median heuristic by sorting, point by point: (point, particle) one per second particle."""
+    count, num_points = r.shape[:2]
+    h = torch.zeros(num_points, count, dtype=r.dtype)
+    for b in range(num_points):
+        d = torch.stack([((r[i, b] - r[:, b]) ** 2).sum(-1) for i in range(count)])
+        for j in range(count):
+            values = d.flatten() if per == "point" else d[:, j]
+            values = values.sort().values
+            n = len(values)
+            median = (values[(n - 1) // 2] + values[n // 2]) / 2
+            h[b, j] = median / (2 * math.log(count))
+    return h
+
+
+def log_kernel_sum(r, h):
+    """sum_i log sum_j mean_b k(r_i, stopped r_j), by explicit differences."""
+    total = torch.zeros((), dtype=r.dtype)
+    for i in range(len(r)):
+        inner = torch.zeros((), dtype=r.dtype)
+        for j in range(len(r)):
+            d = ((r[i] - r[j].detach()) ** 2).sum(-1)
+            inner = inner + torch.exp(-d / (2 * h[:, j])).mean()
+        total = total + inner.log()
+    return total
+
+
+def log_joint_of_one(model, values, transforms, args, kwargs, subsamples=None):
+    """Log density, log determinant and trace of one particle, by Pyro's own handlers."""
+    constrained = {name: transforms[name](value) for name, value in values.items()}
+    log_det = sum(
+        transforms[name].log_abs_det_jacobian(value, constrained[name]).sum()
+        for name, value in values.items()
+    )
+    data = {**constrained, **(subsamples or {})}
+    trace = poutine.trace(poutine.condition(model, data=data)).get_trace(*args, **kwargs)
+    log_density = sum(
+        (site["fn"].log_prob(site["value"]) * site["scale"]).sum()
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    )
+    return log_density, log_det, trace

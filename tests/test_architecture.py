@@ -1,0 +1,110 @@
+"""The import table of the package, held against the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro_fordes
+
+PACKAGE = Path(pyro_fordes.__file__).parent
+
+# Level by level; a module imports only from the modules listed for it.
+ALLOWED = {
+    "_checks": set(),
+    "_random": set(),
+    "particles": {"_checks"},
+    "optimizers": {"_checks"},
+    "bnn": {"_checks"},
+    "lengthscales": {"_checks"},
+    "sites": {"particles"},
+    "kernels": {"_checks", "particles"},
+    "spaces": {"_checks", "particles", "lengthscales", "sites"},
+    "transports": {"_checks", "kernels"},
+    "log_joint": {"_checks", "_random", "particles", "sites"},
+    "io_arviz": {"_checks", "particles", "sites"},
+    "inference": {
+        "_checks",
+        "_random",
+        "particles",
+        "optimizers",
+        "sites",
+        "kernels",
+        "spaces",
+        "transports",
+        "log_joint",
+    },
+}
+OPTIONAL = ["arviz", "xarray", "matplotlib", "pandas", "sklearn", "torchvision", "torchmetrics"]
+
+
+def imports_of(path):
+    """Names of the package's modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            if (node.module or "").split(".")[0] == "pyro_fordes":
+                assert node.module != "pyro_fordes", f"{path.name} imports from the package itself"
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("pyro_fordes") for alias in node.names)
+    return found
+
+
+def test_modules_import_only_what_the_table_allows():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    assert set(modules) == set(ALLOWED)
+    for name, path in modules.items():
+        assert imports_of(path) <= ALLOWED[name], name
+
+
+def test_the_table_has_levels():
+    """Every module can be placed after those it imports, so there is no cycle."""
+    placed = set()
+    while len(placed) < len(ALLOWED):
+        ready = {name for name in set(ALLOWED) - placed if ALLOWED[name] <= placed}
+        assert ready, f"cycle among {set(ALLOWED) - placed}"
+        placed |= ready
+
+
+def test_only_modules_that_need_pyro_import_it():
+    """Kernels, transports and metrics are tensors in, tensors out."""
+    for name in ("_checks", "_random", "particles", "kernels", "lengthscales", "transports"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
+                assert not any(n == "pyro" or n.startswith("pyro.") for n in names), name
+
+
+def test_import_loads_no_optional_package():
+    code = f"import sys, pyro_fordes; print([m for m in {OPTIONAL} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_assert_checks_users_input():
+    """Asserts vanish under ``python -O``."""
+    for path in PACKAGE.glob("*.py"):
+        asserts = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+        assert not asserts, path.name
+
+
+def test_public_names_are_documented_with_an_example():
+    for name in dir(pyro_fordes):
+        thing = getattr(pyro_fordes, name)
+        if name.startswith("_") or not hasattr(thing, "__module__"):
+            continue
+        if thing.__module__.startswith("pyro_fordes") and not issubclass_of_error(thing):
+            assert ">>>" in (thing.__doc__ or ""), f"{name} has no example"
+
+
+def issubclass_of_error(thing):
+    return isinstance(thing, type) and issubclass(thing, Exception)
+
+
+def test_modules_stay_readable():
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 700, f"{path.name}: time for a folder"

@@ -1,0 +1,261 @@
+"""Contracts that every kernel, space and transport keeps; a new one is a line in a table."""
+
+import inspect
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_fordes import (
+    RBF,
+    WGD,
+    Ensemble,
+    Fixed,
+    InputGradients,
+    Median,
+    ParticleInference,
+    Weights,
+    bayesianize,
+    pca_lengthscale,
+    tuned_lengthscale,
+)
+from pyro_fordes.kernels import squared_distances
+
+X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 1, 0, 1, 0])
+
+# name: (kernel, whether it is symmetric)
+KERNELS = {
+    "RBF, median per point": (RBF(Weights()), True),
+    "RBF, median per particle": (RBF(Weights(), Median(per="particle")), False),
+    "RBF, fixed": (RBF(Weights(), Fixed(0.7)), True),
+}
+SPACES = {
+    "Weights": Weights(),
+    "Weights of one site": Weights(sites=["net.0.weight"]),
+    "InputGradients of a site": InputGradients("x", output="logits"),
+    "InputGradients of a submodule": InputGradients("x", output="net"),
+    "InputGradients of the log probability": InputGradients("x"),
+    "InputGradients of a function": InputGradients(
+        0, output=lambda trace: trace.nodes["logits"]["value"].logsumexp(-1)
+    ),
+    "InputGradients, raw": InputGradients("x", output="logits", normalize=False),
+    "InputGradients, PCA": InputGradients("x", output="logits", lengthscale=pca_lengthscale(X)),
+    "InputGradients, tuned": InputGradients(
+        "x", output="logits", lengthscale=tuned_lengthscale(X, 0.3)
+    ),
+}
+TRANSPORTS = {"WGD(kde)": WGD("kde"), "Ensemble": Ensemble()}
+
+kernels = pytest.mark.parametrize("name", KERNELS)
+spaces = pytest.mark.parametrize("name", SPACES)
+transports = pytest.mark.parametrize("name", TRANSPORTS)
+
+
+def representation(particles=5, points=4, features=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(particles)
+    return torch.randn(particles, points, features, dtype=dtype, generator=generator)
+
+
+# -------------------------------------------------------------------- kernels
+
+
+@kernels
+def test_kernel_is_one_at_itself_and_at_most_one(name):
+    r = representation()
+    matrix = KERNELS[name][0].evaluate(r, r, 0)
+    torch.testing.assert_close(matrix.mean.diagonal(), torch.ones(5, dtype=r.dtype))
+    assert (matrix.value <= 1).all()
+    assert (matrix.value > 0).all()
+
+
+@kernels
+def test_kernel_symmetry_and_positive_definiteness(name):
+    kernel, symmetric = KERNELS[name]
+    r = representation(8)
+    k = kernel.evaluate(r, r, 0).mean
+    if symmetric:
+        torch.testing.assert_close(k, k.T)
+        assert torch.linalg.eigvalsh(k).min() > -1e-12
+    else:
+        assert not torch.allclose(k, k.T)
+
+
+@kernels
+def test_kernel_gradient_is_that_of_its_value(name):
+    """``gradient_sum`` against autograd of the value by the first argument, any weights."""
+    kernel = KERNELS[name][0]
+    r = representation()
+    weights = representation(5, 1, 5)[:, 0]
+    local = r.clone().requires_grad_()
+    k = kernel.evaluate(local, r, 0).mean
+    (expected,) = torch.autograd.grad((weights * k).sum(), local)
+    found = kernel.evaluate(r, r, 0).gradient_sum(weights)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_keeps_dtype_and_arguments(name, dtype):
+    r = representation(dtype=dtype)
+    before = r.clone()
+    matrix = KERNELS[name][0].evaluate(r, r, 0)
+    assert matrix.value.dtype == matrix.slope.dtype == dtype
+    assert (r == before).all()
+
+
+def test_parts_are_frozen_and_have_one_form():
+    for kernel, _ in KERNELS.values():
+        assert list(inspect.signature(kernel.evaluate).parameters) == ["local", "everyone", "step"]
+    for transport in TRANSPORTS.values():
+        names = list(inspect.signature(transport.repel).parameters)
+        assert names == ["kernel", "local", "everyone", "step"]
+        assert isinstance(transport.repulsive, bool)
+    for space in SPACES.values():
+        for method in ("prepare", "capture", "represent"):
+            assert callable(getattr(space, method))
+    for part in [k for k, _ in KERNELS.values()] + [*SPACES.values(), *TRANSPORTS.values()]:
+        with pytest.raises(AttributeError):
+            part.anything = 1
+
+
+# -------------------------------------------------------------------- transports
+
+
+@transports
+def test_one_particle_feels_nothing(name):
+    r = representation(1)
+    assert (TRANSPORTS[name].repel(RBF(Weights()), r, r, 0).velocity == 0).all()
+
+
+@transports
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_transport_is_equivariant_and_local(name, kernel):
+    """Permuting particles permutes velocities; shifting all changes nothing; rows are rows."""
+    transport, base = TRANSPORTS[name], KERNELS[kernel][0]
+    r = representation(6)
+    velocity = transport.repel(base, r, r, 0).velocity
+    assert velocity.shape == r.shape
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    permuted = transport.repel(base, r[order], r[order], 0).velocity
+    torch.testing.assert_close(permuted, velocity[order], rtol=1e-9, atol=1e-12)
+    shifted = transport.repel(base, r + 5.0, r + 5.0, 0).velocity
+    torch.testing.assert_close(shifted, velocity, rtol=1e-9, atol=1e-12)
+    rows = transport.repel(base, r[2:4], r, 0).velocity
+    torch.testing.assert_close(rows, velocity[2:4], rtol=1e-9, atol=1e-12)
+
+
+@transports
+def test_repulsive_transports_push_pairs_apart(name):
+    transport = TRANSPORTS[name]
+    r = torch.tensor([[[0.0, 0.0]], [[1.0, 2.0]]], dtype=torch.float64)
+    first, second = transport.repel(RBF(Weights()), r, r, 0).velocity
+    away = ((first - second) * (r[0] - r[1])).sum()
+    assert (away > 0) == transport.repulsive
+    torch.testing.assert_close(first, -second)
+
+
+@transports
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transport_keeps_dtype_and_arguments(name, dtype):
+    r = representation(dtype=dtype)
+    before = r.clone()
+    velocity = TRANSPORTS[name].repel(RBF(Weights()), r, r, 0).velocity
+    assert velocity.dtype == dtype
+    assert velocity.isfinite().all()
+    assert (r == before).all()
+
+
+# -------------------------------------------------------------------- spaces
+
+
+class Model(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = bayesianize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+
+    def forward(self, x, y=None):
+        logits = pyro.deterministic("logits", self.net(x))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+def represented(space, vectorize="vmap", order=None, num_particles=4):
+    """Representation of the initial particles, with the particles it came from."""
+    inference = ParticleInference(
+        Model(),
+        pyro.optim.SGD({"lr": 0.1}),
+        num_particles,
+        kernel=RBF(space),
+        seed=0,
+        vectorize=vectorize,
+    )
+    inference.setup(X, Y)
+    particles = inference._particles
+    if order is not None:
+        particles = {n: v.detach()[order].requires_grad_() for n, v in particles.items()}
+    ready = inference._space
+    evaluation = inference._log_joint.evaluate(
+        particles,
+        (X, Y),
+        {},
+        capture=ready.capture,
+        submodules=ready.submodules,
+        input=ready.input,
+    )
+    return ready.represent(evaluation), particles
+
+
+@spaces
+def test_space_has_three_axes_and_equals_the_loop(name):
+    r, _ = represented(SPACES[name])
+    assert r.dim() == 3
+    assert r.shape[0] == 4
+    assert r.isfinite().all()
+    looped, _ = represented(SPACES[name], "loop")
+    torch.testing.assert_close(looped, r, rtol=1e-10, atol=1e-12)
+
+
+@spaces
+def test_space_follows_a_permutation_of_particles(name):
+    order = torch.tensor([2, 0, 3, 1])
+    r, _ = represented(SPACES[name])
+    permuted, _ = represented(SPACES[name], order=order)
+    torch.testing.assert_close(permuted, r[order], rtol=1e-12, atol=0)
+
+
+@spaces
+def test_space_reaches_its_own_particle_only(name):
+    """The derivative of one particle's representation by another particle is zero."""
+    r, particles = represented(SPACES[name])
+    weight = particles["net.0.weight"]
+    for i in range(4):
+        (gradient,) = torch.autograd.grad(r[i].square().cos().sum(), weight, retain_graph=True)
+        others = torch.arange(4) != i
+        assert (gradient[others] == 0).all()
+        assert (gradient[i] != 0).any()
+
+
+@spaces
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_space_trains_with_every_transport(name, transport):
+    inference = ParticleInference(
+        Model(),
+        pyro.optim.Adam({"lr": 0.02}),
+        4,
+        kernel=RBF(SPACES[name]),
+        transport=TRANSPORTS[transport],
+        seed=0,
+    )
+    losses = inference.run(30, X, Y, progress_bar=False)
+    assert losses.isfinite().all()
+    assert losses[-1] < losses[0]
+
+
+def test_shapes_of_annotations_are_checked_in_tests():
+    """Guards the option in pyproject.toml that turns the checks on."""
+    with pytest.raises(TypeError, match="everyone has shape"):
+        squared_distances(torch.zeros(1, 2, 3), torch.zeros(4, 2, 5))

@@ -1,0 +1,573 @@
+"""The driver: exact steps, optimisers, schedules, loops, isolation."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+from torch.distributions import biject_to
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_fordes import (
+    RBF,
+    WGD,
+    Ensemble,
+    InputGradients,
+    Median,
+    ParticleInference,
+    Weights,
+    bayesianize,
+    pca_lengthscale,
+)
+from tests import naive
+
+NUM_DATA = 50
+
+
+class Classifier(PyroModule):
+    """Smooth network, so that second derivatives reach every weight; a scale beside it."""
+
+    def __init__(self, features=4, classes=3):
+        super().__init__()
+        net = nn.Sequential(nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, classes))
+        self.net = bayesianize(net, prior=1.0)
+
+    def forward(self, x, y=None):
+        temperature = pyro.sample("temperature", dist.LogNormal(0.0, 0.3))
+        logits = pyro.deterministic("logits", self.net(x) / temperature)
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+def classification_data(points=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(points, 4, dtype=dtype, generator=generator)
+    return x, torch.randint(3, (points,), generator=generator)
+
+
+def regression(x, y=None):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(x.new_zeros(()), 0.5))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(w[0] + w[1] * x, sigma), obs=y)
+
+
+def regression_data(dtype=torch.float64):
+    x = torch.linspace(-1, 1, 10, dtype=dtype)
+    return x, 2 * x + 0.3
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def sgd(lr=1e-3):
+    return lambda params: torch.optim.SGD(params, lr=lr)
+
+
+def unconstrained(inference):
+    return {name: value.detach().clone() for name, value in inference._particles.items()}
+
+
+def naive_forde_step(inference, x, y, *, metric, per, lr, scale, temperature, num_data):
+    """One FoRDE step by a Python loop over particles, autograd and explicit differences."""
+    particles = [
+        {name: value[i].requires_grad_() for name, value in unconstrained(inference).items()}
+        for i in range(inference.num_particles)
+    ]
+    transforms = {
+        name: biject_to(inference.prototype(x, y).trace.nodes[name]["fn"].support)
+        for name in particles[0]
+    }
+    rows, log_joints, losses = [], [], []
+    for values in particles:
+        inputs = x.clone().requires_grad_()
+        indices = {"data": torch.arange(len(x))}
+        log_density, log_det, trace = naive.log_joint_of_one(
+            inference.model, values, transforms, (inputs, y), {}, indices
+        )
+        true_logits = trace.nodes["logits"]["value"][torch.arange(len(x)), y]
+        (g,) = torch.autograd.grad(true_logits.sum(), inputs, create_graph=True)
+        rows.append(metric(naive.unit(g)))
+        log_joints.append(log_density / temperature + log_det)
+        losses.append(-(log_density + log_det).item())
+    r = torch.stack(rows)
+    repulsion = naive.log_kernel_sum(r, naive.bandwidth(r.detach(), per))
+    total = -sum(log_joints) + scale * repulsion
+    leaves = [value for values in particles for value in values.values()]
+    gradients = iter(torch.autograd.grad(total / num_data, leaves))
+    moved = [{name: v - lr * next(gradients) for name, v in p.items()} for p in particles]
+    stacked = {name: torch.stack([p[name] for p in moved]).detach() for name in particles[0]}
+    return stacked, sum(losses) / len(losses)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("per", ["point", "particle"])
+def test_forde_step_equals_a_loop_over_particles(vectorize, per):
+    x, y = classification_data()
+    metric = pca_lengthscale(x)
+    options = {"scale": 3.0, "temperature": 2.0, "num_data": NUM_DATA}
+    inference = ParticleInference(
+        Classifier(),
+        sgd(),
+        5,
+        kernel=RBF(InputGradients("x", output="logits", lengthscale=metric), Median(per=per)),
+        repulsion_scale=options["scale"],
+        temperature=options["temperature"],
+        num_data=NUM_DATA,
+        vectorize=vectorize,
+        seed=1,
+    )
+    inference.setup(x, y)
+    for _ in range(3):  # the first step is measured, the others take the single backward pass
+        expected, expected_loss = naive_forde_step(
+            inference, x, y, metric=metric, per=per, lr=1e-3, **options
+        )
+        loss = inference.step(x, y)
+        assert loss == pytest.approx(expected_loss, rel=1e-10)
+        for name, value in unconstrained(inference).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_repulsion_alone_moves_particles():
+    """Guards the test above: the repulsive part must be large enough to be seen by it."""
+    x, y = classification_data()
+    moved = {}
+    for scale in (0.0, 3.0):
+        inference = ParticleInference(
+            Classifier(),
+            sgd(),
+            5,
+            kernel=RBF(InputGradients("x", output="logits")),
+            repulsion_scale=scale,
+            seed=1,
+        )
+        inference.step(x, y)
+        moved[scale] = unconstrained(inference)
+    for name in moved[0.0]:
+        difference = (moved[0.0][name] - moved[3.0][name]).abs().max()
+        # Unit gradients do not feel the temperature, nor the last bias.
+        assert (difference > 1e-6) == (name not in ("temperature", "net.2.bias")), name
+
+
+@pytest.mark.usefixtures("double")
+def test_weight_space_step_by_hand():
+    """v = grad log p - sum grad k / sum k on raw numbers, one site."""
+    y = torch.tensor([0.5, -1.0])
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    inference = ParticleInference(model, sgd(0.01), 3, kernel=RBF(Weights()), seed=0)
+    inference.setup(y)
+    m = unconstrained(inference)["mean"]
+    inference.step(y)
+    d = (m[:, None] - m[None, :]) ** 2
+    h = d.flatten().median() / (2 * math.log(3))
+    k = torch.exp(-d / (2 * h))
+    gradient_k = -(m[:, None] - m[None, :]) / h * k
+    velocity = (y.sum() - 2 * m) - m / 4 - gradient_k.sum(1) / k.sum(1)
+    torch.testing.assert_close(
+        unconstrained(inference)["mean"], m + 0.01 * velocity, rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.usefixtures("double")
+def test_ensemble_particles_do_not_see_each_other():
+    x, y = classification_data()
+    together = ParticleInference(Classifier(), sgd(), 4, transport=Ensemble(), seed=5)
+    together.run(5, x, y, progress_bar=False)
+    # Particles have seeds of their own, so the first two of four are those of two.
+    fewer = ParticleInference(Classifier(), sgd(), 2, transport=Ensemble(), seed=5)
+    fewer.run(5, x, y, progress_bar=False)
+    for name, value in unconstrained(fewer).items():
+        torch.testing.assert_close(unconstrained(together)[name][:2], value, rtol=1e-12, atol=0)
+
+
+def test_one_particle_is_map_whatever_the_transport():
+    x, y = classification_data(dtype=torch.float32)
+    results = []
+    for transport in (WGD(), Ensemble()):
+        inference = ParticleInference(
+            Classifier(),
+            sgd(),
+            1,
+            kernel=RBF(InputGradients("x", output="logits")),
+            transport=transport,
+            seed=0,
+        )
+        inference.run(3, x, y, progress_bar=False)
+        results.append(unconstrained(inference))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize(
+    ("output", "columns"),
+    [("logits", 1), ("net", 1), ("y", 1), (None, 1), (("logits", "y"), 2)],
+    ids=str,
+)
+@pytest.mark.usefixtures("double")
+def test_outputs_of_input_gradients(output, columns):
+    """Each way to name the output, against autograd on one particle."""
+    x, y = classification_data()
+    inference = ParticleInference(
+        Classifier(),
+        sgd(),
+        3,
+        kernel=RBF(InputGradients("x", output=output, normalize=False)),
+        seed=0,
+    )
+    inference.setup(x, y)
+    space = inference._space
+    evaluation = inference._log_joint.evaluate(
+        inference._particles,
+        (x, y),
+        {},
+        capture=space.capture,
+        submodules=space.submodules,
+        input=space.input,
+    )
+    r = space.represent(evaluation)
+    assert r.shape == (3, columns * len(x), 4)
+    samples = inference.get_samples()
+    names = {"logits": "logits", "net": "net", "y": "log_prob", None: "log_prob"}
+    wanted = [output] if not isinstance(output, tuple) else output
+    for i in range(3):
+        weights = {n.removeprefix("net."): v[i] for n, v in samples.items() if n != "temperature"}
+        rows = []
+        for name in wanted:
+            inputs = x.clone().requires_grad_()
+            hidden = torch.tanh(inputs @ weights["0.weight"].T + weights["0.bias"])
+            raw = hidden @ weights["2.weight"].T + weights["2.bias"]
+            logits = raw / samples["temperature"][i]
+            values = {"net": raw, "logits": logits, "log_prob": logits.log_softmax(-1)}[names[name]]
+            picked = values[torch.arange(len(x)), y].sum()
+            rows.append(torch.autograd.grad(picked, inputs)[0])
+        torch.testing.assert_close(r[i], torch.cat(rows), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_regression_uses_the_mean_and_every_output():
+    """Two outputs at each row are two points each; the mean, not the log density."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = bayesianize(nn.Linear(3, 2), prior=1.0)
+
+        def forward(self, x, y=None):
+            mean = self.net(x)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
+
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    inference = ParticleInference(
+        Model(), sgd(), 3, kernel=RBF(InputGradients(normalize=False)), seed=0
+    )
+    inference.setup(x, y)
+    space = inference._space
+    evaluation = inference._log_joint.evaluate(
+        inference._particles, (x, y), {}, capture=space.capture, input=space.input
+    )
+    weight = inference.get_samples()["net.weight"]
+    expected = torch.cat([weight[:, k : k + 1].expand(3, 4, 3) for k in range(2)], dim=1)
+    torch.testing.assert_close(space.represent(evaluation), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("double")
+def test_input_gradients_follow_a_plate_that_subsamples():
+    """The model picks rows itself; the representation has those rows only."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = bayesianize(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)))
+
+        def forward(self, x, y):
+            plate = pyro.plate("data", len(x), subsample_size=6)
+            rows = plate.indices
+            logits = pyro.deterministic("logits", self.net(x[rows]))
+            with plate:
+                pyro.sample("y", dist.Categorical(logits=logits), obs=y[rows])
+
+    x, y = torch.randn(20, 3), torch.randint(2, (20,))
+    inference = ParticleInference(
+        Model(), sgd(), 3, kernel=RBF(InputGradients("x", output="logits")), seed=0
+    )
+    inference.run(3, x, y, progress_bar=False)
+    space = inference._space
+    evaluation = inference._log_joint.evaluate(
+        inference._particles, (x, y), {}, capture=space.capture, input=space.input
+    )
+    r = space.represent(evaluation)
+    assert r.shape == (3, 6, 3)
+    torch.testing.assert_close(r.norm(dim=-1), torch.ones(3, 6))
+
+
+def test_schedules_are_functions_of_the_step():
+    x, y = regression_data(torch.float32)
+    seen = []
+
+    def scale(step):
+        seen.append(step)
+        return 0.0
+
+    inference = ParticleInference(
+        regression, sgd(), 3, kernel=RBF(Weights()), repulsion_scale=scale, seed=0
+    )
+    inference.run(4, x, y, progress_bar=False)
+    assert seen[-4:] == [0, 1, 2, 3]
+    plain = ParticleInference(regression, sgd(), 3, transport=Ensemble(), seed=0)
+    plain.run(4, x, y, progress_bar=False)
+    for name, value in unconstrained(plain).items():
+        torch.testing.assert_close(unconstrained(inference)[name], value)
+
+
+@pytest.mark.usefixtures("double")
+def test_num_data_divides_the_whole_velocity():
+    x, y = regression_data()
+    start, moves = None, []
+    for num_data in (None, 10):
+        inference = ParticleInference(
+            regression, sgd(), 4, kernel=RBF(Weights()), num_data=num_data, seed=0
+        )
+        inference.setup(x, y)
+        start = unconstrained(inference)
+        inference.step(x, y)
+        moves.append({n: v - start[n] for n, v in unconstrained(inference).items()})
+    for name in start:
+        torch.testing.assert_close(moves[0][name], 10 * moves[1][name], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        pyro.optim.Adam({"lr": 0.01}),
+        pyro.optim.ClippedAdam({"lr": 0.01}),
+        pyro.optim.SGD({"lr": 0.001}),
+        pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+        ),
+        lambda params: torch.optim.Adam(params, lr=0.01),
+    ],
+    ids=["Adam", "ClippedAdam", "SGD", "ExponentialLR", "torch"],
+)
+def test_optimisers_lower_the_loss(optim):
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(regression, optim, 5, kernel=RBF(Weights()), seed=0)
+    losses = inference.run(60, x, y, progress_bar=False)
+    assert losses[-5:].mean() < losses[:5].mean()
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_options_per_site():
+    """A callable of the site's name sets each site's learning rate."""
+    names = []
+
+    def options(name):
+        names.append(name)
+        return {"lr": 0.1 if name == "w" else 0.0}
+
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(
+        regression, pyro.optim.Adam(options), 3, kernel=RBF(Weights()), seed=0
+    )
+    inference.setup(x, y)
+    before = unconstrained(inference)
+    inference.step(x, y)
+    after = unconstrained(inference)
+    assert sorted(names) == ["sigma", "w"]
+    assert (after["w"] != before["w"]).all()
+    assert (after["sigma"] == before["sigma"]).all()
+
+
+def test_fit_steps_the_scheduler_once_per_epoch():
+    x, y = regression_data(torch.float32)
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1e-3}, "gamma": 0.5}
+    )
+    loader = DataLoader(TensorDataset(x, y), batch_size=5)
+    inference = ParticleInference(regression, optim, 3, kernel=RBF(Weights()), seed=0)
+    losses = inference.fit(loader, 3, progress_bar=False)
+    assert losses.shape == (6,)
+    rates = {s.optimizer.param_groups[0]["lr"] for s in optim.optim_objs.values()}
+    assert rates == {1e-3 * 0.5**3}
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "tensor"])
+def test_batches_become_arguments(form):
+    x, y = regression_data(torch.float32)
+
+    def alone(x):
+        regression(x, 2 * x)
+
+    batches = {"tuple": [(x, y)], "mapping": [{"x": x, "y": y}], "tensor": [x]}[form]
+    model = alone if form == "tensor" else regression
+    inference = ParticleInference(model, sgd(), 3, kernel=RBF(Weights()), seed=0)
+    assert inference.fit(batches, 2, progress_bar=False).shape == (2,)
+
+
+def test_callback_sees_every_step_and_can_stop():
+    x, y = regression_data(torch.float32)
+    seen = []
+
+    def callback(inference, step, loss):
+        seen.append((step, loss))
+        return step == 3
+
+    inference = ParticleInference(regression, sgd(), 3, kernel=RBF(Weights()), seed=0)
+    losses = inference.run(10, x, y, progress_bar=False, callback=callback)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert losses.tolist() == pytest.approx([loss for _, loss in seen])
+    losses = inference.fit([(x, y)] * 4, 5, progress_bar=False, callback=lambda *_: True)
+    assert len(losses) == 1
+
+
+def test_evaluate_loss_is_the_next_steps_loss():
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(regression, sgd(), 3, kernel=RBF(Weights()), seed=0)
+    for _ in range(3):
+        before = unconstrained(inference)
+        loss = inference.evaluate_loss(x, y)
+        if before:
+            assert all((unconstrained(inference)[n] == v).all() for n, v in before.items())
+        assert inference.step(x, y) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.usefixtures("double")
+def test_loss_is_on_the_full_data_scale():
+    x, y = classification_data()
+    inference = ParticleInference(Classifier(), sgd(), 2, transport=Ensemble(), seed=0)
+    inference.setup(x, y)
+    samples = inference.get_samples()
+    expected = 0.0
+    for i in range(2):
+        weights = {n.removeprefix("net."): v[i] for n, v in samples.items() if n != "temperature"}
+        t = samples["temperature"][i]
+        hidden = torch.tanh(x @ weights["0.weight"].T + weights["0.bias"])
+        logits = (hidden @ weights["2.weight"].T + weights["2.bias"]) / t
+        likelihood = -nn.functional.cross_entropy(logits, y, reduction="sum") * NUM_DATA / len(x)
+        prior = sum(dist.Normal(0.0, 1.0).log_prob(v).sum() for v in weights.values())
+        # LogNormal plus the log determinant of exp is the Normal of log(temperature).
+        prior = prior + dist.Normal(0.0, 0.3).log_prob(t.log())
+        expected -= (likelihood + prior).item() / 2
+    assert inference.step(x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_samples_have_sites_supports_and_shapes():
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(regression, sgd(), 4, kernel=RBF(Weights()), seed=0)
+    inference.run(2, x, y, progress_bar=False)
+    samples = inference.get_samples()
+    assert {n: tuple(v.shape) for n, v in samples.items()} == {"w": (4, 2), "sigma": (4,)}
+    assert (samples["sigma"] > 0).all()
+    assert not any(v.requires_grad for v in samples.values())
+    named = inference.get_named_particles()
+    assert all((named[n] == samples[n]).all() for n in samples)
+    drawn = inference.get_samples(7)
+    assert drawn["w"].shape == (7, 2)
+    rows = {tuple(row.tolist()) for row in samples["w"]}
+    assert {tuple(row.tolist()) for row in drawn["w"]} <= rows
+    samples["w"].zero_()  # a copy
+    assert (inference.get_samples()["w"] != 0).any()
+
+
+@pytest.mark.usefixtures("double")
+def test_diagnostics_against_hand_computation():
+    x, y = regression_data()
+    inference = ParticleInference(regression, sgd(), 4, kernel=RBF(Weights()), seed=0)
+    inference.setup(x, y)
+    start = unconstrained(inference)
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    log_joint = inference._log_joint.evaluate(leaves, (x, y), {}).log_joint
+    gradients = torch.autograd.grad(log_joint.sum(), list(leaves.values()))
+    drive = torch.cat([g.reshape(4, -1) for g in gradients], dim=1)
+    r = torch.cat([v.reshape(4, -1) for v in start.values()], dim=1).unsqueeze(1)
+    repulsion = WGD().repel(RBF(Weights()), r, r, 0)
+    inference.step(x, y)
+    found = inference.diagnostics()
+    assert found["step"] == 0
+    torch.testing.assert_close(found["log_joint"], log_joint.detach())
+    torch.testing.assert_close(found["driving_force"], drive.norm(dim=1))
+    torch.testing.assert_close(found["repulsive_force"], repulsion.velocity[:, 0].norm(dim=1))
+    ratio = repulsion.velocity[:, 0].norm(dim=1).mean() / drive.norm(dim=1).mean()
+    assert found["force_ratio"] == pytest.approx(ratio.item())
+    kernel = repulsion.kernel.mean
+    assert found["effective_particles"] == pytest.approx((16 / kernel.sum()).item())
+    assert found["bandwidth"] == pytest.approx(repulsion.kernel.bandwidth.mean().item())
+
+
+def test_same_seed_same_run_and_global_random_state_untouched():
+    x, y = regression_data(torch.float32)
+
+    def run(seed):
+        inference = ParticleInference(
+            regression, pyro.optim.Adam({"lr": 0.01}), 3, kernel=RBF(Weights()), seed=seed
+        )
+        state = torch.get_rng_state()
+        inference.run(5, x, y, progress_bar=False)
+        assert (torch.get_rng_state() == state).all()
+        return unconstrained(inference)
+
+    first, second, other = run(0), run(0), run(1)
+    assert all((first[n] == second[n]).all() for n in first)
+    assert any((first[n] != other[n]).any() for n in first)
+    pyro.set_rng_seed(4)
+    third = run(None)
+    pyro.set_rng_seed(4)
+    fourth = run(None)
+    assert all((third[n] == fourth[n]).all() for n in third)
+
+
+def test_two_inferences_do_not_touch_each_other():
+    x, y = regression_data(torch.float32)
+
+    def make(seed, optim):
+        return ParticleInference(regression, optim, 3, kernel=RBF(Weights()), seed=seed)
+
+    alone = make(0, pyro.optim.Adam({"lr": 0.01}))
+    alone.run(6, x, y, progress_bar=False)
+    shared = pyro.optim.Adam({"lr": 0.01})  # even one optimiser object for both
+    first, second = make(0, shared), make(1, shared)
+    for _ in range(6):
+        first.step(x, y)
+        second.step(x, y)
+    for name, value in unconstrained(alone).items():
+        assert (unconstrained(first)[name] == value).all()
+        assert (unconstrained(second)[name] != value).any()
+
+
+def test_progress_bar_goes_to_stderr_and_can_be_off(capsys):
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(regression, sgd(), 3, kernel=RBF(Weights()), seed=0)
+    inference.run(3, x, y, progress_bar=False)
+    inference.fit([(x, y)], 1, progress_bar=False)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    inference.fit([(x, y)], 20)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "loss=" in captured.err
+    assert "force_ratio=" in captured.err
+
+
+def test_keyword_arguments_reach_the_model():
+    x, y = classification_data(dtype=torch.float32)
+    inference = ParticleInference(
+        Classifier(), sgd(), 3, kernel=RBF(InputGradients("x", output="logits")), seed=0
+    )
+    by_position = inference.evaluate_loss(x, y)
+    assert inference.evaluate_loss(x=x, y=y) == pytest.approx(by_position)
+    assert inference.evaluate_loss(x, y=y) == pytest.approx(by_position)
+    inference.step(y=y, x=x)
