@@ -7,9 +7,7 @@ with temperature :math:`T`, repulsion scale :math:`\lambda`, representation :mat
 transport's velocity :math:`V`. It is ascent on the log joint; the optimiser gets its negative.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,33 +26,24 @@ from pyro_fordes._checks import (
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
+from pyro_fordes.forces import Forces, Rule, compute_forces
 from pyro_fordes.kernels import RBF
-from pyro_fordes.log_joint import LogJoint, Prototype, check_data
+from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.particles import (
     Call,
-    Evaluation,
     Gather,
     Latent,
     OneProcess,
     Schedule,
     at_step,
 )
+from pyro_fordes.prototype import Prototype, check_data, named_buffers
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import InputGradients
-from pyro_fordes.transports import WGD, Repulsion, Transport
+from pyro_fordes.transports import WGD, Transport
 
 Callback = Callable[["ParticleInference", int, float], Any]
-
-
-@dataclass(frozen=True)
-class _Forces:
-    """Everything one evaluation gives the update."""
-
-    evaluation: Evaluation
-    gradients: dict[str, Tensor]
-    shared_gradients: dict[str, Tensor]
-    diagnostics: dict[str, Any] | None
 
 
 class ParticleInference:
@@ -198,7 +187,7 @@ class ParticleInference:
         particles = self._initial_particles(args, kwargs, prototype)
         buffers = {
             name: buffer.detach().expand(self.num_particles, *buffer.shape).clone()
-            for name, buffer in self._log_joint.buffers().items()
+            for name, buffer in named_buffers(self.model).items()
             if name in prototype.mutated
         }
         self._space, self._particles, self._buffers = space, particles, buffers
@@ -261,67 +250,21 @@ class ParticleInference:
 
     # ---------------------------------------------------------------- one step
 
-    def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> _Forces:
+    def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
         """Evaluate the model and differentiate: the negative velocity of every site."""
-        repulsive = self.transport.repulsive
-        space = self._space
-        evaluation = self._log_joint.evaluate(
-            self._particles,
-            args,
-            kwargs,
-            capture=space.capture if repulsive else None,
-            submodules=space.submodules if repulsive else (),
-            input=space.input if repulsive else None,
-            buffers=self._buffers,
+        rule = Rule(
+            space=self._space,
+            kernel=self.kernel,
+            transport=self.transport,
+            gather=self._gather,
+            temperature=at_step("temperature", self.temperature, self._step, exclusive=True),
+            repulsion_scale=at_step("repulsion_scale", self.repulsion_scale, self._step),
+            num_data=1.0 if self.num_data is None else float(self.num_data),
+            step=self._step,
         )
-        temperature = at_step("temperature", self.temperature, self._step, exclusive=True)
-        scale = at_step("repulsion_scale", self.repulsion_scale, self._step)
-        leaves = list(self._particles.values())
-        drive = -(evaluation.log_density / temperature + evaluation.log_det).sum()
-        repel, repulsion = None, None
-        if repulsive:
-            representation = space.represent(evaluation)
-            local = representation.detach()
-            repulsion = self.transport.repel(
-                self.kernel, local, self._all_particles(local), self._step
-            )
-            repel = -scale * (repulsion.velocity * representation).sum()
-        num_data = 1.0 if self.num_data is None else float(self.num_data)
-        shared_gradients = self._shared_gradients(evaluation, num_data)
-        diagnostics = None
-        if measure:
-            driving = _gradients(drive, leaves, retain=True)
-            repelling = (
-                [torch.zeros_like(leaf) for leaf in leaves]
-                if repel is None
-                else _gradients(repel, leaves, retain=False)
-            )
-            gradients = [(d + r) / num_data for d, r in zip(driving, repelling, strict=True)]
-            diagnostics = _measure(self._step, evaluation, repulsion, driving, repelling)
-        else:
-            total = drive if repel is None else drive + repel
-            gradients = _gradients(total / num_data, leaves, retain=False)
-        named = dict(zip(self._particles, gradients, strict=True))
-        return _Forces(evaluation, named, shared_gradients, diagnostics)
-
-    def _all_particles(self, local: Tensor) -> Tensor:
-        """Representations of all particles; the same object where there is one process."""
-        gathered = self._gather(local)
-        return local if gathered.data_ptr() == local.data_ptr() else gathered
-
-    def _shared_gradients(self, evaluation: Evaluation, num_data: float) -> dict[str, Tensor]:
-        """Gradient of the mean loss by parameters that all particles share.
-
-        The repulsive force is that of the particles' entropy, which does not depend on them.
-        """
-        trained = {
-            name: tensor for name, tensor in evaluation.shared.items() if tensor.requires_grad
-        }
-        if not trained:
-            return {}
-        loss = -evaluation.log_joint.mean() / num_data
-        gradients = _gradients(loss, list(trained.values()), retain=True)
-        return dict(zip(trained, gradients, strict=True))
+        return compute_forces(
+            self._log_joint, self._particles, self._buffers, args, kwargs, rule, measure=measure
+        )
 
     def _update(self, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
         """One update; returns the loss before it, on the particles' device."""
@@ -349,7 +292,7 @@ class ParticleInference:
         self._step += 1
         return -log_joint.mean()
 
-    def _check_finite(self, forces: _Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _check_finite(self, forces: Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Refuse an update that would make a particle useless, before it is made."""
         start = "at the start" if self._step == 0 else f"at step {self._step}"
         log_joint = forces.evaluation.log_joint
@@ -609,47 +552,6 @@ class ParticleInference:
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""
         return self._log_joint.prototype(args, kwargs)
-
-
-def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Tensor]:
-    """Gradient of a scalar by tensors, zero where it does not depend on one."""
-    if not total.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    gradients = torch.autograd.grad(total, leaves, retain_graph=retain, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if gradient is None else gradient
-        for gradient, leaf in zip(gradients, leaves, strict=True)
-    ]
-
-
-def _measure(
-    step: int,
-    evaluation: Evaluation,
-    repulsion: Repulsion | None,
-    driving: list[Tensor],
-    repelling: list[Tensor],
-) -> dict[str, Any]:
-    """Diagnostics of a step, on the device."""
-    drive, repel = _norms(driving), _norms(repelling)
-    effective = bandwidth = drive.new_tensor(math.nan)
-    if repulsion is not None:
-        kernel = repulsion.kernel.mean
-        effective = kernel.shape[0] * kernel.shape[1] / kernel.sum()
-        bandwidth = repulsion.kernel.bandwidth.mean()
-    return {
-        "step": step,
-        "log_joint": evaluation.log_joint.detach(),
-        "driving_force": drive,
-        "repulsive_force": repel,
-        "force_ratio": repel.mean() / drive.mean(),
-        "effective_particles": effective,
-        "bandwidth": bandwidth,
-    }
-
-
-def _norms(parts: list[Tensor]) -> Float[Tensor, " particle"]:
-    """Euclidean norm of each particle's share of some stacked tensors."""
-    return torch.stack([part.reshape(len(part), -1).norm(dim=1) for part in parts]).norm(dim=0)
 
 
 def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:

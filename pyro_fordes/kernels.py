@@ -27,7 +27,7 @@ class Bandwidth(Protocol):
 
     def __call__(
         self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point #particle #particle"]:
+    ) -> Float[Tensor, "point 1 #particle"]:
         """Bandwidth per point (and second particle, where the rule has one per particle)."""
         ...
 
@@ -41,14 +41,14 @@ class KernelMatrix:
         slope: the number for which :math:`\nabla_{r_{ib}} \kappa = \mathrm{slope}\,
             (r_{ib} - r_{jb})`.
         bandwidth: what the rule gave, broadcastable against the above.
-        local: representation of the local particles.
-        everyone: representation of all particles.
+        rows: which of all particles are the local ones.
+        everyone: representation of all particles, centred.
     """
 
     value: Float[Tensor, "point local particle"]
     slope: Float[Tensor, "point local particle"]
-    bandwidth: Float[Tensor, "point #local #particle"]
-    local: Float[Tensor, "local point feature"]
+    bandwidth: Float[Tensor, "point 1 #particle"]
+    rows: slice
     everyone: Float[Tensor, "particle point feature"]
 
     @property
@@ -68,26 +68,30 @@ class KernelMatrix:
             weights: :math:`w_{ij}`.
         """
         slope = self.slope * (weights / len(self.slope))
-        local, everyone = self.local.transpose(0, 1), self.everyone.transpose(0, 1)
-        total = slope.sum(-1, keepdim=True) * local - slope @ everyone
+        everyone = self.everyone.transpose(0, 1)
+        total = slope.sum(-1, keepdim=True) * everyone[:, self.rows] - slope @ everyone
         return total.transpose(0, 1)
 
 
 def squared_distances(
-    local: Float[Tensor, "local point feature"], everyone: Float[Tensor, "particle point feature"]
-) -> Float[Tensor, "point local particle"]:
+    everyone: Float[Tensor, "particle point feature"],
+) -> Float[Tensor, "point particle particle"]:
     r"""Squared Euclidean distances between representations, point by point.
 
     Uses :math:`|a|^2 + |b|^2 - 2ab`. Rows must have been centred over particles (as `RBF` does),
     else digits are lost by cancellation.
 
     Example:
-        >>> squared_distances(torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
-        tensor([[[2.]]])
+        >>> squared_distances(torch.tensor([[[-1.0]], [[1.0]]]))
+        tensor([[[0., 4.],
+                 [4., 0.]]])
     """
-    a, b = local.transpose(0, 1), everyone.transpose(0, 1)
-    squares = (a * a).sum(-1).unsqueeze(-1) + (b * b).sum(-1).unsqueeze(-2)
-    return torch.baddbmm(squares, a, b.mT, alpha=-2.0).clamp_min_(0.0)
+    r = everyone.transpose(0, 1)
+    squares = (r * r).sum(-1)
+    sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
+    distances = torch.baddbmm(sums, r, r.mT, alpha=-2.0).clamp_min_(0.0)
+    distances.diagonal(dim1=-2, dim2=-1).zero_()
+    return distances
 
 
 def _middle(values: Tensor, ranks: tuple[int, int]) -> Tensor:
@@ -135,7 +139,7 @@ class Median:
 
     def __call__(
         self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point #particle #particle"]:
+    ) -> Float[Tensor, "point 1 #particle"]:
         """Bandwidth per point, or per point and second particle."""
         count = distances.shape[-1]
         if count == 1:
@@ -194,7 +198,7 @@ class Fixed:
 
     def __call__(
         self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point #particle #particle"]:
+    ) -> Float[Tensor, "point 1 #particle"]:
         """The value, as one bandwidth per point."""
         value = at_step("Fixed(value=...)", self.value, step, exclusive=True)
         return distances.new_full((len(distances), 1, 1), value)
@@ -218,7 +222,7 @@ class RBF:
         >>> from pyro_fordes import Weights
         >>> kernel = RBF(Weights(), bandwidth=Fixed(0.5))
         >>> r = torch.tensor([[[0.0]], [[1.0]]])
-        >>> kernel.evaluate(r, r, step=0).mean
+        >>> kernel.evaluate(r).mean
         tensor([[1.0000, 0.3679],
                 [0.3679, 1.0000]])
     """
@@ -228,41 +232,104 @@ class RBF:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not hasattr(self.space, "represent"):
-            raise ArgumentError(
-                f"RBF(space=...) must be a space such as Weights() or InputGradients(), got "
-                f"{self.space!r}"
-            )
-        if not callable(self.bandwidth):
-            raise ArgumentError(
-                f"RBF(bandwidth=...) must be a rule such as Median() or Fixed(0.5), got "
-                f"{self.bandwidth!r}"
-            )
+        _check_parts("RBF", self.space, self.bandwidth)
+
+    def profile(self, distances: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope at squared distances (the slope is twice the derivative by them)."""
+        value = torch.exp(distances / (-2 * bandwidth))
+        return value, value / -bandwidth
 
     def evaluate(
         self,
-        local: Float[Tensor, "local point feature"],
         everyone: Float[Tensor, "particle point feature"],
-        step: int,
+        rows: slice = slice(None),
+        step: int = 0,
     ) -> KernelMatrix:
-        """Kernel between the local and all particles.
+        """Kernel between the local and all particles; see `evaluate_radial`."""
+        return evaluate_radial(self, everyone, rows, step)
 
-        Args:
-            local: representation of the particles of this process.
-            everyone: representation of all particles; the same object where that is one process.
-            step: the step, for schedules.
 
-        Returns:
-            Value and slope per point, local particle and particle.
-        """
-        alone = local is everyone
-        centre = everyone.mean(0, keepdim=True)
-        everyone = everyone - centre
-        local = everyone if alone else local - centre
-        distances = squared_distances(everyone, everyone)
-        distances.diagonal(dim1=-2, dim2=-1).zero_()
-        bandwidth = self.bandwidth(distances, step)
-        if not alone:
-            distances = squared_distances(local, everyone)
-        value = torch.exp(distances / (-2 * bandwidth))
-        return KernelMatrix(value, value / -bandwidth, bandwidth, local, everyone)
+@dataclass(frozen=True)
+class IMQ:
+    r"""Inverse multiquadric kernel, averaged over points.
+
+    .. math:: \kappa(r, r') = \left(1 + \frac{\lVert r - r'\rVert^2}{2h}\right)^{\beta}
+
+    Its tails are heavier than those of `RBF`, so distant particles still feel each other. Source:
+    Gorham & Mackey, Measuring Sample Quality with Kernels, 2017.
+
+    Args:
+        space: where particles are compared, such as `Weights` or `InputGradients`.
+        bandwidth: rule for :math:`h`; `Median` or `Fixed`.
+        beta: the exponent, between -1 and 0.
+
+    Raises:
+        ArgumentError: if an argument is of the wrong kind or out of range.
+
+    Example:
+        >>> from pyro_fordes import Weights
+        >>> kernel = IMQ(Weights(), bandwidth=Fixed(0.5))
+        >>> kernel.evaluate(torch.tensor([[[0.0]], [[1.0]]])).mean
+        tensor([[1.0000, 0.7071],
+                [0.7071, 1.0000]])
+    """
+
+    space: Any
+    bandwidth: Bandwidth = field(default_factory=Median)
+    beta: float = -0.5
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_parts("IMQ", self.space, self.bandwidth)
+        if not -1 < check_number("IMQ(beta=...)", self.beta) < 0:
+            raise ArgumentError(f"IMQ(beta=...) must be between -1 and 0, got {self.beta}")
+
+    def profile(self, distances: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope at squared distances (the slope is twice the derivative by them)."""
+        base = 1 + distances / (2 * bandwidth)
+        value = base**self.beta
+        return value, self.beta * value / (base * bandwidth)
+
+    def evaluate(
+        self,
+        everyone: Float[Tensor, "particle point feature"],
+        rows: slice = slice(None),
+        step: int = 0,
+    ) -> KernelMatrix:
+        """Kernel between the local and all particles; see `evaluate_radial`."""
+        return evaluate_radial(self, everyone, rows, step)
+
+
+def evaluate_radial(
+    kernel: Any, everyone: Float[Tensor, "particle point feature"], rows: slice, step: int
+) -> KernelMatrix:
+    """Evaluate a kernel that is a function (its ``profile``) of distance over bandwidth.
+
+    Args:
+        kernel: a kernel with ``profile`` and ``bandwidth``.
+        everyone: representation of all particles.
+        rows: which of them are the local ones, the kernel's first argument.
+        step: the step, for schedules.
+
+    Returns:
+        Value and slope per point, local particle and particle.
+    """
+    everyone = everyone - everyone.mean(0, keepdim=True)
+    distances = squared_distances(everyone)
+    bandwidth = kernel.bandwidth(distances, step)
+    value, slope = kernel.profile(distances[:, rows], bandwidth)
+    return KernelMatrix(value, slope, bandwidth, rows, everyone)
+
+
+def _check_parts(name: str, space: Any, bandwidth: Any) -> None:
+    """Check the arguments that all kernels have."""
+    if not hasattr(space, "represent"):
+        raise ArgumentError(
+            f"{name}(space=...) must be a space such as Weights() or InputGradients(), got "
+            f"{space!r}"
+        )
+    if not callable(bandwidth):
+        raise ArgumentError(
+            f"{name}(bandwidth=...) must be a rule such as Median() or Fixed(0.5), got "
+            f"{bandwidth!r}"
+        )

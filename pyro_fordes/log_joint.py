@@ -11,26 +11,21 @@ see the same minibatch. The model is run unmodified, once for all particles unde
 """
 
 import inspect
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
-from pyro_fordes._random import preserved_rng
+from pyro_fordes._checks import ArgumentError, ModelError, NumericalError
 from pyro_fordes.particles import (
     Call,
     Evaluation,
@@ -39,7 +34,7 @@ from pyro_fordes.particles import (
     Subsample,
     Values,
 )
-from pyro_fordes.sites import latent_sites
+from pyro_fordes.prototype import Prototype, named_buffers, run_prototype
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -67,23 +62,6 @@ class _Replay(Messenger):
                 )
             msg["value"] = drawn.indices
             msg["done"] = True
-
-
-@dataclass(frozen=True)
-class Prototype:
-    """One run of the model with Pyro's validation on, for arguments of given shapes.
-
-    Attributes:
-        trace: the run's trace, with log probabilities.
-        plates: size, subsample size and device of each plate that draws a minibatch.
-        latents: the continuous latent sites.
-        mutated: names of the module buffers that the run changed.
-    """
-
-    trace: Any
-    plates: Mapping[str, tuple[int, int, Any]]
-    latents: Mapping[str, Latent]
-    mutated: tuple[str, ...]
 
 
 class _Wrapped(nn.Module):
@@ -187,54 +165,8 @@ class LogJoint:
         if key not in self._prototypes:
             if len(self._prototypes) >= 64:
                 self._prototypes.pop(next(iter(self._prototypes)))
-            self._prototypes[key] = self._run_prototype(args, kwargs)
+            self._prototypes[key] = run_prototype(self.model, args, kwargs)
         return self._prototypes[key]
-
-    def _run_prototype(self, args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
-        buffers = self.buffers()
-        saved = {
-            name: (buffer, buffer._version, buffer.clone()) for name, buffer in buffers.items()
-        }
-        try:
-            with (
-                preserved_rng(),
-                pyro.validation_enabled(True),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")
-                trace = poutine.trace(InitMessenger(init_to_sample)(self.model)).get_trace(
-                    *args, **kwargs
-                )
-                _check_sites(trace)
-                trace.compute_log_prob()
-                for site in trace.nodes.values():
-                    if site["type"] == "sample" and not site_is_subsample(site):
-                        check_site_shape(site, math.inf)
-            now = self.buffers()
-            mutated = tuple(
-                name
-                for name, (buffer, version, _) in saved.items()
-                if now.get(name) is buffer and buffer._version != version
-            )
-            replaced = [name for name, (buffer, *_) in saved.items() if now.get(name) is not buffer]
-            if replaced:
-                raise ModelError(
-                    f"the model replaces the buffers {replaced} instead of updating them in "
-                    f"place, which cannot be kept per particle; write buffer.copy_(new)"
-                )
-        finally:
-            with torch.no_grad():
-                for buffer, version, value in saved.values():
-                    if buffer._version != version:
-                        buffer.copy_(value)
-        plates = {
-            name: (site["fn"].size, site["fn"].subsample_size, site["fn"].device)
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and site_is_subsample(site)
-            and site["fn"].subsample_size not in (None, site["fn"].size)
-        }
-        return Prototype(trace, plates, _latents(trace), mutated)
 
     def setting(self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype) -> Setting:
         """What a space may check itself against."""
@@ -262,7 +194,7 @@ class LogJoint:
         Raises:
             ModelError: if a site's support depends on the values of others.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.buffers().items()}
+        buffers = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with torch.no_grad(), pyro.validation_enabled(False):
             run = poutine.trace(InitMessenger(init)(self.model)).get_trace
             trace = self._with_buffers(buffers, lambda: run(*args, **kwargs))
@@ -285,10 +217,6 @@ class LogJoint:
         return values
 
     # ---------------------------------------------------------------- evaluation
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The model's own module buffers, by name (empty for a plain function)."""
-        return dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
 
     def constrain(self, values: Values, latents: Mapping[str, Latent]) -> dict[str, Tensor]:
         """Map stacked unconstrained values to the sites' supports."""
@@ -457,52 +385,6 @@ def _draw(size: int, count: int, device: Any) -> Tensor:
     return torch.randperm(size, device=device)[:count]
 
 
-def _check_sites(trace: Any) -> None:
-    """Refuse latent sites that particles cannot represent, naming them."""
-    names = latent_sites(trace)
-    for name in names:
-        site = trace.nodes[name]
-        fn = site["fn"]
-        if fn.support.is_discrete:
-            raise ModelError(
-                f"latent site '{name}' is discrete ({type(fn).__name__}); particles move by "
-                f"gradients and need continuous latents. Marginalise it in the model, or observe it"
-            )
-        for frame in site["cond_indep_stack"]:
-            full = getattr(frame, "full_size", None)
-            if full is not None and full != frame.size:
-                raise ModelError(
-                    f"latent site '{name}' is local to plate '{frame.name}', which subsamples "
-                    f"{frame.size} of {full}: a particle has one value per row of the whole plate. "
-                    f"Use the full plate, or marginalise the site"
-                )
-    if not names:
-        sites = [name for name, site in trace.nodes.items() if site["type"] == "sample"]
-        raise ModelError(
-            f"the model has no latent site, so there is nothing to infer (sites: "
-            f"{', '.join(sites) or 'none'}); give its parameters priors, with PyroSample or "
-            f"bayesianize(net)"
-        )
-
-
-def _latents(trace: Any) -> dict[str, Latent]:
-    """The latent sites of a checked trace."""
-    latents = {}
-    for name in latent_sites(trace):
-        site = trace.nodes[name]
-        try:
-            transform = biject_to(site["fn"].support)
-        except NotImplementedError:
-            raise ModelError(
-                f"latent site '{name}' has support {site['fn'].support}, which torch cannot map "
-                f"to the real line; use a distribution with another support"
-            ) from None
-        shape = transform.inv(site["value"]).shape
-        dims = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        latents[name] = Latent(name, transform, shape, dims)
-    return latents
-
-
 def _constrain(
     values: Mapping[str, Tensor], latents: Mapping[str, Latent]
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -561,35 +443,3 @@ def _loop(
 def _plain_attention() -> Any:
     """Scaled dot-product attention by plain operations, which can be differentiated twice."""
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-
-
-def check_data(args: tuple, kwargs: Mapping[str, Any], latents: Mapping[str, Tensor]) -> None:
-    """Refuse latents or data that mix devices or floating-point types, naming the first.
-
-    Args:
-        args: positional arguments of the model.
-        kwargs: keyword arguments of the model.
-        latents: latent values, by site.
-
-    Raises:
-        ModelError: if something lies on another device or has another floating-point type.
-    """
-    reference_name, reference = next(iter(latents.items()))
-    named = [(f"latent site '{name}'", value) for name, value in latents.items()]
-    for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
-        if isinstance(leaf, Tensor):
-            named.append((f"model argument {_argument_name(path)}", leaf))
-    for name, tensor in named:
-        if tensor.device != reference.device or (
-            tensor.is_floating_point() and tensor.dtype != reference.dtype
-        ):
-            raise ModelError(
-                f"{name} is {describe(tensor)}, but latent site '{reference_name}' is "
-                f"{describe(reference)}; bring both to one device and dtype with .to(...)"
-            )
-
-
-def _argument_name(path: tuple) -> str:
-    """Readable place of a leaf in ``(args, kwargs)``."""
-    keys = [getattr(key, "key", getattr(key, "idx", key)) for key in path]
-    return " ".join(repr(key) for key in keys[1:])

@@ -101,6 +101,11 @@ class Gather(Protocol):
         """Tensor of all particles from that of the particles here (first axis), detached."""
         ...
 
+    @property
+    def rows(self) -> slice:
+        """Which of all particles are here."""
+        ...
+
 
 @dataclass(frozen=True)
 class OneProcess:
@@ -114,6 +119,11 @@ class OneProcess:
     def __call__(self, local: Tensor) -> Tensor:
         """Return the tensor itself, detached."""
         return local.detach()
+
+    @property
+    def rows(self) -> slice:
+        """All of them."""
+        return slice(None)
 
 
 @dataclass(frozen=True)

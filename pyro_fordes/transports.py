@@ -39,9 +39,9 @@ class Transport(Protocol):
     def repel(
         self,
         kernel: Any,
-        local: Float[Tensor, "local point feature"],
         everyone: Float[Tensor, "particle point feature"],
-        step: int,
+        rows: slice = slice(None),
+        step: int = 0,
     ) -> Repulsion:
         """Velocity of the local particles' representations away from the others."""
         ...
@@ -66,7 +66,7 @@ class WGD:
     Example:
         >>> from pyro_fordes import RBF, Fixed, Weights
         >>> r = torch.tensor([[[0.0]], [[1.0]]])
-        >>> WGD().repel(RBF(Weights(), Fixed(0.5)), r, r, step=0).velocity.flatten()
+        >>> WGD().repel(RBF(Weights(), Fixed(0.5)), r).velocity.flatten()
         tensor([-0.5379,  0.5379])
     """
 
@@ -84,12 +84,12 @@ class WGD:
     def repel(
         self,
         kernel: Any,
-        local: Float[Tensor, "local point feature"],
         everyone: Float[Tensor, "particle point feature"],
-        step: int,
+        rows: slice = slice(None),
+        step: int = 0,
     ) -> Repulsion:
         """Minus the score of the density estimate, by representation."""
-        matrix = kernel.evaluate(local, everyone, step)
+        matrix = kernel.evaluate(everyone, rows, step)
         weights = -1 / matrix.mean.sum(-1, keepdim=True)
         return Repulsion(matrix.gradient_sum(weights), matrix)
 
@@ -113,10 +113,10 @@ class Ensemble:
     def repel(
         self,
         kernel: Any,
-        local: Float[Tensor, "local point feature"],
         everyone: Float[Tensor, "particle point feature"],
-        step: int,
+        rows: slice = slice(None),
+        step: int = 0,
     ) -> Repulsion:
         """Zero velocity."""
-        matrix = kernel.evaluate(local, everyone, step)
-        return Repulsion(torch.zeros_like(local), matrix)
+        matrix = kernel.evaluate(everyone, rows, step)
+        return Repulsion(torch.zeros_like(everyone[rows]), matrix)

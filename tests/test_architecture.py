@@ -21,8 +21,10 @@ ALLOWED = {
     "kernels": {"_checks", "particles"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
     "transports": {"_checks", "kernels"},
-    "log_joint": {"_checks", "_random", "particles", "sites"},
+    "prototype": {"_checks", "_random", "particles", "sites"},
+    "log_joint": {"_checks", "particles", "prototype"},
     "io_arviz": {"_checks", "particles", "sites"},
+    "forces": {"particles", "spaces", "transports", "log_joint"},
     "inference": {
         "_checks",
         "_random",
@@ -32,7 +34,9 @@ ALLOWED = {
         "kernels",
         "spaces",
         "transports",
+        "prototype",
         "log_joint",
+        "forces",
     },
 }
 OPTIONAL = ["arviz", "xarray", "matplotlib", "pandas", "sklearn", "torchvision", "torchmetrics"]

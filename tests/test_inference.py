@@ -494,7 +494,7 @@ def test_diagnostics_against_hand_computation():
     gradients = torch.autograd.grad(log_joint.sum(), list(leaves.values()))
     drive = torch.cat([g.reshape(4, -1) for g in gradients], dim=1)
     r = torch.cat([v.reshape(4, -1) for v in start.values()], dim=1).unsqueeze(1)
-    repulsion = WGD().repel(RBF(Weights()), r, r, 0)
+    repulsion = WGD().repel(RBF(Weights()), r)
     inference.step(x, y)
     found = inference.diagnostics()
     assert found["step"] == 0

@@ -1,0 +1,176 @@
+r"""The two forces on the particles, from one evaluation of the model and one backward pass.
+
+With representation :math:`r` and the transport's velocity :math:`V` in its space, the gradient of
+
+.. math:: -\sum_i \left(\frac1T \log p(D, \theta_i) + \log\lvert\det J\rvert_i\right)
+    - \lambda \langle V, r \rangle
+
+by the particles, :math:`V` held fixed, is the negative velocity.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_fordes.log_joint import LogJoint
+from pyro_fordes.particles import Evaluation, Gather
+from pyro_fordes.spaces import Space
+from pyro_fordes.transports import Repulsion, Transport
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Everything that decides a step's velocity beside model, particles and data.
+
+    Attributes:
+        space: where particles are compared, prepared for the model.
+        kernel: the base kernel.
+        transport: the update rule.
+        gather: how particles of other processes are seen.
+        temperature: T at this step.
+        repulsion_scale: factor of the repulsive force at this step.
+        num_data: what the velocity is divided by.
+        step: the step, for schedules.
+    """
+
+    space: Space
+    kernel: Any
+    transport: Transport
+    gather: Gather
+    temperature: float
+    repulsion_scale: float
+    num_data: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Forces:
+    """Everything an update needs.
+
+    Attributes:
+        evaluation: the model at the particles.
+        gradients: negative velocity of each site, ``(particle, *shape)``.
+        shared_gradients: gradients of parameters that all particles share.
+        diagnostics: what was measured, None if it was not asked for.
+    """
+
+    evaluation: Evaluation
+    gradients: dict[str, Tensor]
+    shared_gradients: dict[str, Tensor]
+    diagnostics: dict[str, Any] | None
+
+
+def compute_forces(
+    log_joint: LogJoint,
+    particles: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    rule: Rule,
+    *,
+    measure: bool,
+) -> Forces:
+    """Evaluate the model at the particles and differentiate.
+
+    Args:
+        log_joint: the model's log joint.
+        particles: unconstrained values, leaves of autograd.
+        buffers: per-particle buffers of the model; not changed.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        rule: space, kernel, transport and scales.
+        measure: whether to differentiate the two forces apart (one more backward pass) and
+            return diagnostics.
+    """
+    space, repulsive = rule.space, rule.transport.repulsive
+    evaluation = log_joint.evaluate(
+        particles,
+        args,
+        kwargs,
+        capture=space.capture if repulsive else None,
+        submodules=space.submodules if repulsive else (),
+        input=space.input if repulsive else None,
+        buffers=buffers,
+    )
+    leaves = list(particles.values())
+    drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
+    repel, repulsion = None, None
+    if repulsive:
+        representation = space.represent(evaluation)
+        everyone = rule.gather(representation.detach())
+        repulsion = rule.transport.repel(rule.kernel, everyone, rule.gather.rows, rule.step)
+        repel = -rule.repulsion_scale * (repulsion.velocity * representation).sum()
+    shared = _shared_gradients(evaluation, rule.num_data)
+    diagnostics = None
+    if measure:
+        driving = _gradients(drive, leaves, retain=True)
+        repelling = (
+            [torch.zeros_like(leaf) for leaf in leaves]
+            if repel is None
+            else _gradients(repel, leaves, retain=False)
+        )
+        gradients = [(d + r) / rule.num_data for d, r in zip(driving, repelling, strict=True)]
+        diagnostics = _measure(rule.step, evaluation, repulsion, driving, repelling)
+    else:
+        total = drive if repel is None else drive + repel
+        gradients = _gradients(total / rule.num_data, leaves, retain=False)
+    return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
+
+
+def _shared_gradients(evaluation: Evaluation, num_data: float) -> dict[str, Tensor]:
+    """Gradient of the mean loss by parameters that all particles share.
+
+    The repulsive force is that of the particles' entropy, which does not depend on them.
+    """
+    trained = {name: tensor for name, tensor in evaluation.shared.items() if tensor.requires_grad}
+    if not trained:
+        return {}
+    loss = -evaluation.log_joint.mean() / num_data
+    gradients = _gradients(loss, list(trained.values()), retain=True)
+    return dict(zip(trained, gradients, strict=True))
+
+
+def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Tensor]:
+    """Gradient of a scalar by tensors, zero where it does not depend on one."""
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    gradients = torch.autograd.grad(total, leaves, retain_graph=retain, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for gradient, leaf in zip(gradients, leaves, strict=True)
+    ]
+
+
+def _measure(
+    step: int,
+    evaluation: Evaluation,
+    repulsion: Repulsion | None,
+    driving: list[Tensor],
+    repelling: list[Tensor],
+) -> dict[str, Any]:
+    """Diagnostics of a step, on the device."""
+    drive, repel = _norms(driving), _norms(repelling)
+    effective = bandwidth = drive.new_tensor(math.nan)
+    if repulsion is not None:
+        kernel = repulsion.kernel.mean
+        effective = kernel.shape[0] * kernel.shape[1] / kernel.sum()
+        bandwidth = repulsion.kernel.bandwidth.mean()
+    return {
+        "step": step,
+        "log_joint": evaluation.log_joint.detach(),
+        "driving_force": drive,
+        "repulsive_force": repel,
+        "force_ratio": repel.mean() / drive.mean(),
+        "effective_particles": effective,
+        "bandwidth": bandwidth,
+    }
+
+
+def _norms(parts: list[Tensor]) -> Float[Tensor, " particle"]:
+    """Euclidean norm of each particle's share of some stacked tensors."""
+    return torch.stack([part.reshape(len(part), -1).norm(dim=1) for part in parts]).norm(dim=0)
