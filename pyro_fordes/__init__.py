@@ -20,6 +20,6 @@ from pyro_fordes.lengthscales import (
 )
 from pyro_fordes.log_joint import LogJoint as LogJoint
 from pyro_fordes.spaces import InputGradients as InputGradients, Weights as Weights
-from pyro_fordes.transports import WGD as WGD, Ensemble as Ensemble
+from pyro_fordes.transports import SVGD as SVGD, WGD as WGD, Ensemble as Ensemble
 
 __version__ = "0.1.0"

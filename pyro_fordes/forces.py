@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.particles import Evaluation, Gather
-from pyro_fordes.spaces import Space
+from pyro_fordes.particles import Evaluation, Gather, ravel, unravel
+from pyro_fordes.spaces import Space, Weights
 from pyro_fordes.transports import Repulsion, Transport
 
 
@@ -99,27 +99,69 @@ def compute_forces(
     )
     leaves = list(particles.values())
     drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
-    repel, repulsion = None, None
-    if repulsive:
+    shared = _shared_gradients(evaluation, rule.num_data)
+    if repulsive and isinstance(space, Weights):
+        driving, repelling, repulsion = _in_weight_space(space, evaluation, drive, leaves, rule)
+    elif repulsive:
         representation = space.represent(evaluation)
         everyone = rule.gather(representation.detach())
         repulsion = rule.transport.repel(rule.kernel, everyone, rule.gather.rows, rule.step)
         repel = -rule.repulsion_scale * (repulsion.velocity * representation).sum()
-    shared = _shared_gradients(evaluation, rule.num_data)
-    diagnostics = None
-    if measure:
+        if not measure:
+            gradients = _gradients((drive + repel) / rule.num_data, leaves, retain=False)
+            named = dict(zip(particles, gradients, strict=True))
+            return Forces(evaluation, named, shared, None)
         driving = _gradients(drive, leaves, retain=True)
-        repelling = (
-            [torch.zeros_like(leaf) for leaf in leaves]
-            if repel is None
-            else _gradients(repel, leaves, retain=False)
-        )
-        gradients = [(d + r) / rule.num_data for d, r in zip(driving, repelling, strict=True)]
-        diagnostics = _measure(rule.step, evaluation, repulsion, driving, repelling)
+        repelling = _gradients(repel, leaves, retain=False)
     else:
-        total = drive if repel is None else drive + repel
-        gradients = _gradients(total / rule.num_data, leaves, retain=False)
+        driving, repulsion = _gradients(drive, leaves, retain=False), None
+        repelling = []
+    gradients = _sum(driving, repelling, rule.num_data)
+    diagnostics = (
+        _measure(rule.step, evaluation, repulsion, driving, repelling) if measure else None
+    )
     return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
+
+
+def _in_weight_space(
+    space: Weights, evaluation: Evaluation, drive: Tensor, leaves: list[Tensor], rule: Rule
+) -> tuple[list[Tensor], list[Tensor], Repulsion]:
+    """Driving and repulsive gradients where the representation is the particle itself.
+
+    Nothing has to be pulled back, and each group of values has a kernel of its own.
+    """
+    driving = _gradients(drive, leaves, retain=False)
+    named = dict(zip(evaluation.values, driving, strict=True))
+    compared = space.compared(evaluation.values)
+    rows = ravel({name: value.detach() for name, value in compared.items()}).unsqueeze(1)
+    everyone = space.split(rule.gather(rows), evaluation.values)
+    scores: list[Tensor | None] = [None] * len(everyone)
+    if rule.transport.uses_scores:
+        gradient = ravel({name: named[name] for name in compared}).unsqueeze(1)
+        scores = list(space.split(rule.gather(-gradient), evaluation.values))
+    pooled = space.group != "coordinate"
+    repulsions = [
+        rule.transport.repel(
+            rule.kernel, block, rule.gather.rows, rule.step, scores=score, pooled=pooled
+        )
+        for block, score in zip(everyone, scores, strict=True)
+    ]
+    velocity = space.join([repulsion.velocity for repulsion in repulsions])
+    repelling = unravel(-rule.repulsion_scale * velocity.squeeze(1), compared)
+    smoothed = [r.driving for r in repulsions if r.driving is not None]
+    if smoothed:
+        named.update(unravel(-space.join(smoothed).squeeze(1), compared))
+    return (
+        list(named.values()),
+        [repelling.get(name, torch.zeros_like(value)) for name, value in named.items()],
+        repulsions[0],
+    )
+
+
+def _sum(driving: list[Tensor], repelling: list[Tensor], num_data: float) -> list[Tensor]:
+    """Sum of the two forces over ``num_data``."""
+    total = [d + r for d, r in zip(driving, repelling, strict=True)] if repelling else driving
+    return total if num_data == 1 else [gradient / num_data for gradient in total]
 
 
 def _shared_gradients(evaluation: Evaluation, num_data: float) -> dict[str, Tensor]:
@@ -154,7 +196,8 @@ def _measure(
     repelling: list[Tensor],
 ) -> dict[str, Any]:
     """Diagnostics of a step, on the device."""
-    drive, repel = _norms(driving), _norms(repelling)
+    drive = _norms(driving)
+    repel = _norms(repelling) if repelling else torch.zeros_like(drive)
     effective = bandwidth = drive.new_tensor(math.nan)
     if repulsion is not None:
         kernel = repulsion.kernel.mean

@@ -183,6 +183,7 @@ class ParticleInference:
         check_data(args, kwargs, values)
         space = self._space
         if self.transport.repulsive:
+            self.transport.check(space)
             space = space.prepare(setting)
         particles = self._initial_particles(args, kwargs, prototype)
         buffers = {

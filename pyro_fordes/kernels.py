@@ -43,6 +43,8 @@ class KernelMatrix:
         bandwidth: what the rule gave, broadcastable against the above.
         rows: which of all particles are the local ones.
         everyone: representation of all particles, centred.
+        pooled: whether points are averaged to one kernel between particles; if not, each point is a
+            kernel of its own (one per coordinate in weight space, for instance).
     """
 
     value: Float[Tensor, "point local particle"]
@@ -50,6 +52,17 @@ class KernelMatrix:
     bandwidth: Float[Tensor, "point 1 #particle"]
     rows: slice
     everyone: Float[Tensor, "particle point feature"]
+    pooled: bool = True
+
+    @property
+    def between(self) -> Float[Tensor, "group local particle"]:
+        """Kernels between particles: one, or one per point where points are not pooled."""
+        return self.value.mean(0, keepdim=True) if self.pooled else self.value
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the bandwidth is the same for both particles of a pair."""
+        return self.bandwidth.shape[-1] == 1
 
     @property
     def mean(self) -> Float[Tensor, "local particle"]:
@@ -57,7 +70,7 @@ class KernelMatrix:
         return self.value.mean(0)
 
     def gradient_sum(
-        self, weights: Float[Tensor, "#local #particle"]
+        self, weights: Float[Tensor, "#group #local #particle"]
     ) -> Float[Tensor, "local point feature"]:
         r"""Weighted sum of gradients by the first argument.
 
@@ -65,9 +78,9 @@ class KernelMatrix:
             \frac1B \sum_j w_{ij}\,\mathrm{slope}_{ijb} (r_{ib} - r_{jb})
 
         Args:
-            weights: :math:`w_{ij}`.
+            weights: :math:`w_{ij}`, for each kernel of `between` where there are several.
         """
-        slope = self.slope * (weights / len(self.slope))
+        slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
         everyone = self.everyone.transpose(0, 1)
         total = slope.sum(-1, keepdim=True) * everyone[:, self.rows] - slope @ everyone
         return total.transpose(0, 1)
@@ -244,9 +257,11 @@ class RBF:
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
+        *,
+        pooled: bool = True,
     ) -> KernelMatrix:
         """Kernel between the local and all particles; see `evaluate_radial`."""
-        return evaluate_radial(self, everyone, rows, step)
+        return evaluate_radial(self, everyone, rows, step, pooled)
 
 
 @dataclass(frozen=True)
@@ -295,13 +310,19 @@ class IMQ:
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
+        *,
+        pooled: bool = True,
     ) -> KernelMatrix:
         """Kernel between the local and all particles; see `evaluate_radial`."""
-        return evaluate_radial(self, everyone, rows, step)
+        return evaluate_radial(self, everyone, rows, step, pooled)
 
 
 def evaluate_radial(
-    kernel: Any, everyone: Float[Tensor, "particle point feature"], rows: slice, step: int
+    kernel: Any,
+    everyone: Float[Tensor, "particle point feature"],
+    rows: slice = slice(None),
+    step: int = 0,
+    pooled: bool = True,
 ) -> KernelMatrix:
     """Evaluate a kernel that is a function (its ``profile``) of distance over bandwidth.
 
@@ -310,6 +331,7 @@ def evaluate_radial(
         everyone: representation of all particles.
         rows: which of them are the local ones, the kernel's first argument.
         step: the step, for schedules.
+        pooled: whether the kernel between particles is the average over points.
 
     Returns:
         Value and slope per point, local particle and particle.
@@ -318,7 +340,7 @@ def evaluate_radial(
     distances = squared_distances(everyone)
     bandwidth = kernel.bandwidth(distances, step)
     value, slope = kernel.profile(distances[:, rows], bandwidth)
-    return KernelMatrix(value, slope, bandwidth, rows, everyone)
+    return KernelMatrix(value, slope, bandwidth, rows, everyone, pooled)
 
 
 def _check_parts(name: str, space: Any, bandwidth: Any) -> None:

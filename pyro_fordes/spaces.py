@@ -14,9 +14,15 @@ from jaxtyping import Float
 from pyro.distributions import Categorical, OneHotCategorical
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, ModelError, check_number, describe
+from pyro_fordes._checks import (
+    ArgumentError,
+    ModelError,
+    check_choice,
+    check_number,
+    describe,
+)
 from pyro_fordes.lengthscales import Lengthscale, identity_lengthscale
-from pyro_fordes.particles import Call, Evaluation, Setting, ravel
+from pyro_fordes.particles import Call, Evaluation, Setting, Values, ravel
 from pyro_fordes.sites import base_distribution, observed_sites
 
 Output = str | Callable[[Any], Tensor]
@@ -34,6 +40,11 @@ class Space(Protocol):
     @property
     def submodules(self) -> tuple[str, ...]:
         """Paths of submodules whose outputs `capture` reads."""
+        ...
+
+    @property
+    def own_values(self) -> bool:
+        """Whether the representation is the particle's own values."""
         ...
 
     def prepare(self, setting: Setting) -> "Space":
@@ -54,10 +65,13 @@ class Weights:
     """The unconstrained latent values themselves, as one point.
 
     Args:
-        sites: names of the latent sites to compare, or None for all.
+        sites: names of the latent sites to compare, or None for all. The others move without
+            repulsion.
+        group: ``"joint"`` compares all values with one kernel, ``"site"`` has a kernel for each
+            site, ``"coordinate"`` one for each scalar (the default of ``pyro.infer.SVGD``).
 
     Raises:
-        ArgumentError: when the driver starts, if a site is unknown.
+        ArgumentError: if ``group`` is unknown; when the driver starts, if a site is.
 
     Example:
         >>> Weights(sites=("weight",)).sites
@@ -65,11 +79,14 @@ class Weights:
     """
 
     sites: Sequence[str] | None = None
+    group: str = "joint"
     input: None = None
     submodules: tuple[str, ...] = ()
+    own_values: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse a bare string, which would be read letter by letter."""
+        """Refuse a bare string, which would be read letter by letter, and unknown groups."""
+        check_choice("Weights(group=...)", self.group, ("joint", "site", "coordinate"))
         if isinstance(self.sites, str):
             raise ArgumentError(
                 f"Weights(sites=...) must be a list of site names, got the string {self.sites!r}; "
@@ -92,10 +109,33 @@ class Weights:
 
     def represent(self, evaluation: Evaluation) -> Float[Tensor, "particle point feature"]:
         """All values of a particle in one row."""
-        values = evaluation.values
-        if self.sites is not None:
-            values = {name: values[name] for name in self.sites}
-        return ravel(values).unsqueeze(1)
+        return ravel(self.compared(evaluation.values)).unsqueeze(1)
+
+    def compared(self, values: Values) -> Values:
+        """The values of the sites that are compared."""
+        return values if self.sites is None else {name: values[name] for name in self.sites}
+
+    def split(
+        self, rows: Float[Tensor, "particle 1 param"], values: Values
+    ) -> list[Float[Tensor, "particle _ _"]]:
+        """What each kernel compares: everything, a site, or (as points) all coordinates.
+
+        Args:
+            rows: one row per particle, as `represent` gives it.
+            values: stacked values with the shapes of the sites.
+        """
+        if self.group == "joint":
+            return [rows]
+        if self.group == "coordinate":
+            return [rows.transpose(1, 2)]
+        sizes = [value[0].numel() for value in self.compared(values).values()]
+        return list(rows.split(sizes, dim=2))
+
+    def join(self, parts: list[Float[Tensor, "particle _ _"]]) -> Float[Tensor, "particle 1 param"]:
+        """Undo `split`."""
+        if self.group == "coordinate":
+            return parts[0].transpose(1, 2)
+        return torch.cat(parts, dim=2)
 
 
 @dataclass(frozen=True)
@@ -143,6 +183,7 @@ class InputGradients:
     normalize: bool = True
     eps: float = 1e-12
     submodules: tuple[str, ...] = ()
+    own_values: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that do not depend on a model."""

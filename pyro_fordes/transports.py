@@ -1,7 +1,11 @@
 r"""Transports: how the particles' representations become a velocity that spreads them.
 
 A transport sees tensors only, never Pyro, the model or the optimiser. The driver adds the velocity,
-pulled back to the particles, to the gradient of the log joint.
+pulled back to the particles, to the gradient of the log joint (`WGD`), or takes both from the
+transport (`SVGD`).
+
+Notation: :math:`K_{ij} = k(r_i, r_j)` between :math:`M` particles, and
+:math:`G_i = \sum_j \nabla_{r_i} k(r_i, r_j)`, the gradient by the first argument.
 """
 
 from dataclasses import dataclass
@@ -11,7 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import check_choice
+from pyro_fordes._checks import (
+    ArgumentError,
+    check_choice,
+    check_number,
+    check_positive_int,
+)
 from pyro_fordes.kernels import KernelMatrix
 
 
@@ -20,20 +29,31 @@ class Repulsion:
     """What a transport gives the driver.
 
     Attributes:
-        velocity: ascent direction of each local particle's representation.
+        velocity: repulsive part of the local representations' ascent direction.
         kernel: the kernel it was computed from.
+        driving: the other part, where the transport replaces the log joint's gradient; else None.
     """
 
     velocity: Float[Tensor, "local point feature"]
     kernel: KernelMatrix
+    driving: Float[Tensor, "local point feature"] | None = None
 
 
 class Transport(Protocol):
-    """An update rule. ``repulsive`` says whether it compares particles at all."""
+    """An update rule."""
 
     @property
     def repulsive(self) -> bool:
-        """Whether `repel` is to be called; if not, no representation is computed."""
+        """Whether particles are compared; if not, no representation is computed."""
+        ...
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether `repel` wants the log joint's gradient, and returns a driving part."""
+        ...
+
+    def check(self, space: Any) -> None:
+        """Raise an `ArgumentError` if the rule is not defined in a space."""
         ...
 
     def repel(
@@ -42,44 +62,112 @@ class Transport(Protocol):
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
+        *,
+        scores: Float[Tensor, "particle point feature"] | None = None,
+        pooled: bool = True,
     ) -> Repulsion:
-        """Velocity of the local particles' representations away from the others."""
+        """Velocity of the local particles' representations.
+
+        Args:
+            kernel: the base kernel.
+            everyone: representation of all particles.
+            rows: which of them are the local ones.
+            step: the step, for schedules.
+            scores: gradient of the log joint by the representation, of all particles.
+            pooled: whether points are averaged to one kernel, or have one each.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class WGD:
-    r"""Wasserstein gradient descent with a kernel density estimate of the particles' density.
+    r"""Wasserstein gradient descent: the log joint's gradient minus an estimate of the score.
 
-    .. math:: v_i = \nabla \log p(\theta_i \mid D)
-        - \frac{\sum_j \nabla_{\theta_i} k(\theta_i, \theta_j)}{\sum_j k(\theta_i, \theta_j)}
+    .. math:: v_i = \nabla \log p(\theta_i \mid D) - \widehat{\nabla \log q}(\theta_i)
 
-    over all particles, :math:`i` included; the gradient acts on the first argument only. Source:
-    D'Angelo & Fortuin 2021 (kde-WGD); FoRDE 2024, Eq. 8; GFSD of Liu et al. 2019.
+    The estimate, from the particles alone:
+
+    ========  =======================================================================
+    kde       :math:`G_i / \sum_j K_{ij}`: the score of a kernel density estimate
+    blob      :math:`\sum_j (1/K_i + 1/K_j) \nabla_{r_i} K_{ij}` with :math:`K_i = \sum_j K_{ij}`
+    sge       :math:`(K + \eta I)^{-1} G`, Stein's estimator (also called GFSF)
+    ssge      :math:`K \tilde K^{-2} G` over the leading eigenpairs of :math:`\tilde K = K + \eta I`
+    ========  =======================================================================
+
+    Sources: D'Angelo & Fortuin 2021 (kde, sge, ssge); FoRDE 2024, Eq. 8 (kde); Liu et al. 2019
+    (GFSD = kde, GFSF = sge, Blob); Shi, Sun & Zhu 2018 (ssge).
+
+    Every estimate smooths, and so shrinks or flattens the posterior, more in more dimensions. In
+    weight space two remedies apply. ``whiten`` computes the estimate in coordinates in which the
+    particles have unit covariance, which makes the rule equivariant to affine maps
+    (``"diag"``: to scalings). ``calibrate`` rescales it so that Stein's identity
+    :math:`E_q[(x - m) \cdot \nabla \log q(x)] = -D` holds on the particles themselves:
+
+    .. math:: \hat s \leftarrow \hat s \cdot
+        \frac{D}{-\frac{1}{M-1} \sum_i (x_i - \bar x) \cdot \hat s_i}
+
+    For independent draws from q the sum's expectation is :math:`-(M-1) D`, the mean being estimated
+    too, so the factor of the exact score is 1 on average. At rest on a Gaussian target the trace of
+    the whitened covariance (with :math:`M - 1`) is then exact, whatever the kernel.
 
     Args:
-        estimator: ``"kde"``.
+        estimator: ``"kde"``, ``"blob"``, ``"sge"`` or ``"ssge"``.
+        ridge: :math:`\eta` of sge and ssge.
+        num_eigenpairs: how many leading eigenpairs ssge keeps; None for all.
+        whiten: None, ``"diag"`` or ``"full"``; weight space only. The covariance is shrunk to its
+            diagonal by 0.001, by 0.2 where there are at most twice as many particles as
+            dimensions.
+        calibrate: whether to rescale the estimate by Stein's identity; weight space only.
 
     Raises:
-        ArgumentError: if the estimator is unknown.
+        ArgumentError: if an argument is unknown or out of range.
 
     Example:
         >>> from pyro_fordes import RBF, Fixed, Weights
         >>> r = torch.tensor([[[0.0]], [[1.0]]])
         >>> WGD().repel(RBF(Weights(), Fixed(0.5)), r).velocity.flatten()
         tensor([-0.5379,  0.5379])
+        >>> WGD("sge", calibrate=True).repel(RBF(Weights(), Fixed(0.5)), r).velocity.flatten()
+        tensor([-1.,  1.])
     """
 
     estimator: str = "kde"
+    ridge: float = 0.01
+    num_eigenpairs: int | None = None
+    whiten: str | None = None
+    calibrate: bool = False
 
     def __post_init__(self) -> None:
-        """Check the argument."""
-        check_choice("WGD(estimator=...)", self.estimator, ("kde",))
+        """Check the arguments."""
+        check_choice("WGD(estimator=...)", self.estimator, ("kde", "blob", "sge", "ssge"))
+        check_number("WGD(ridge=...)", self.ridge, minimum=0.0)
+        if self.num_eigenpairs is not None:
+            check_positive_int("WGD(num_eigenpairs=...)", self.num_eigenpairs)
+            if self.estimator != "ssge":
+                raise ArgumentError(
+                    f"WGD(num_eigenpairs=...) belongs to the estimator 'ssge', got "
+                    f"{self.estimator!r}"
+                )
+        if self.whiten is not None:
+            check_choice("WGD(whiten=...)", self.whiten, ("diag", "full"))
 
     @property
     def repulsive(self) -> bool:
         """True: particles are compared."""
         return True
+
+    @property
+    def uses_scores(self) -> bool:
+        """False: the log joint's gradient is used as it is."""
+        return False
+
+    def check(self, space: Any) -> None:
+        """Whitening and calibration need the particles' own values."""
+        if (self.whiten or self.calibrate) and not space.own_values:
+            raise ArgumentError(
+                f"WGD(whiten=..., calibrate=...) are defined in weight space only, got "
+                f"{type(space).__name__}; leave them out, or use RBF(Weights())"
+            )
 
     def repel(
         self,
@@ -87,11 +175,115 @@ class WGD:
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
+        *,
+        scores: Float[Tensor, "particle point feature"] | None = None,
+        pooled: bool = True,
     ) -> Repulsion:
-        """Minus the score of the density estimate, by representation."""
-        matrix = kernel.evaluate(everyone, rows, step)
-        weights = -1 / matrix.mean.sum(-1, keepdim=True)
-        return Repulsion(matrix.gradient_sum(weights), matrix)
+        """Minus the estimated score, by representation."""
+        if self.whiten is None or len(everyone) == 1:
+            velocity, matrix = self._estimate(kernel, everyone, rows, step, pooled)
+            return Repulsion(velocity, matrix)
+        white, unwhiten = _whiten(everyone, self.whiten if pooled else "diag")
+        velocity, matrix = self._estimate(kernel, white, rows, step, pooled)
+        return Repulsion(unwhiten(velocity), matrix)
+
+    def _estimate(
+        self, kernel: Any, everyone: Tensor, rows: slice, step: int, pooled: bool
+    ) -> tuple[Tensor, KernelMatrix]:
+        """Minus the estimated score at the rows, calibrated if asked for."""
+        # Calibration averages over all particles, and the other estimators invert their kernel.
+        alone = self.estimator == "kde" and not self.calibrate
+        matrix = kernel.evaluate(everyone, rows if alone else slice(None), step, pooled=pooled)
+        velocity = self._minus_score(matrix)
+        if self.calibrate and len(everyone) > 1:
+            velocity = velocity * _stein_factor(matrix.everyone, velocity, pooled)
+        return (velocity if alone else velocity[rows]), matrix
+
+    def _minus_score(self, matrix: KernelMatrix) -> Float[Tensor, "local point feature"]:
+        k = matrix.between
+        if self.estimator == "kde":
+            return matrix.gradient_sum(-1 / k.sum(-1, keepdim=True))
+        if not matrix.symmetric:
+            raise ArgumentError(
+                f"WGD({self.estimator!r}) needs a symmetric kernel, but the bandwidth differs from "
+                f"particle to particle; use Median(per='point') or WGD('kde')"
+            )
+        if self.estimator == "blob":
+            sums = k.sum(-1)
+            return matrix.gradient_sum(-1 / sums.unsqueeze(-1) - 1 / sums.unsqueeze(-2))
+        g = matrix.gradient_sum(k.new_ones(()).expand(1, 1, 1))
+        flat = _by_group(g, matrix.pooled)
+        regular = k + self.ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        if self.estimator == "sge":
+            score = torch.linalg.solve(regular, flat)
+        else:
+            values, vectors = torch.linalg.eigh(regular)
+            keep = self.num_eigenpairs or len(regular[0])
+            values, vectors = values[:, -keep:], vectors[:, :, -keep:]
+            score = k @ (vectors / values.unsqueeze(-2).square()) @ (vectors.mT @ flat)
+        return -_from_groups(score, g)
+
+
+@dataclass(frozen=True)
+class SVGD:
+    r"""Stein variational gradient descent: both forces smoothed by the kernel.
+
+    .. math:: v_i = \frac1M \sum_j \left[ k(\theta_j, \theta_i) \nabla \log p(\theta_j \mid D)
+        + \nabla_{\theta_j} k(\theta_j, \theta_i) \right]
+
+    Source: Liu & Wang 2016, Eq. 8. Defined in weight space. `RBF` with one joint bandwidth is the
+    textbook rule; ``Weights(group="coordinate")`` has one kernel per coordinate, as Pyro's SVGD
+    does by default.
+
+    Example:
+        >>> from pyro_fordes import RBF, Fixed, Weights
+        >>> r = torch.tensor([[[0.0]], [[1.0]]])
+        >>> found = SVGD().repel(RBF(Weights(), Fixed(0.5)), r, scores=-r)
+        >>> (found.driving + found.velocity).flatten()
+        tensor([-0.5518, -0.1321])
+    """
+
+    @property
+    def repulsive(self) -> bool:
+        """True: particles are compared."""
+        return True
+
+    @property
+    def uses_scores(self) -> bool:
+        """True: the kernel smooths the log joint's gradient."""
+        return True
+
+    def check(self, space: Any) -> None:
+        """The smoothed gradient is one by the particles' own values."""
+        if not space.own_values:
+            raise ArgumentError(
+                f"SVGD() is defined in weight space only, got {type(space).__name__}; use "
+                f"RBF(Weights()), or WGD() in this space"
+            )
+
+    def repel(
+        self,
+        kernel: Any,
+        everyone: Float[Tensor, "particle point feature"],
+        rows: slice = slice(None),
+        step: int = 0,
+        *,
+        scores: Float[Tensor, "particle point feature"] | None = None,
+        pooled: bool = True,
+    ) -> Repulsion:
+        """Smoothed scores, and the kernel's gradient by the other particle."""
+        if scores is None:
+            raise ArgumentError("SVGD().repel needs scores=, the gradients of the log joint")
+        matrix = kernel.evaluate(everyone, slice(None), step, pooled=pooled)
+        count = len(everyone)
+        # k(theta_j, theta_i) has the first argument in rows, so both sums run over rows.
+        k = matrix.between.mT
+        driving = _from_groups(k @ _by_group(scores, pooled), scores) / count
+        slope = (matrix.slope / (len(matrix.slope) if pooled else 1)).mT
+        r = matrix.everyone.transpose(0, 1)
+        apart = slope @ r - slope.sum(-1, keepdim=True) * r
+        velocity = apart.transpose(0, 1) / count
+        return Repulsion(velocity[rows], matrix, driving[rows])
 
 
 @dataclass(frozen=True)
@@ -110,13 +302,81 @@ class Ensemble:
         """False: particles are not compared."""
         return False
 
+    @property
+    def uses_scores(self) -> bool:
+        """False: the log joint's gradient is used as it is."""
+        return False
+
+    def check(self, space: Any) -> None:
+        """Any space will do, since none is used."""
+
     def repel(
         self,
         kernel: Any,
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
+        *,
+        scores: Float[Tensor, "particle point feature"] | None = None,
+        pooled: bool = True,
     ) -> Repulsion:
         """Zero velocity."""
-        matrix = kernel.evaluate(everyone, rows, step)
+        matrix = kernel.evaluate(everyone, rows, step, pooled=pooled)
         return Repulsion(torch.zeros_like(everyone[rows]), matrix)
+
+
+def _by_group(
+    r: Float[Tensor, "particle point feature"], pooled: bool
+) -> Float[Tensor, "group particle entry"]:
+    """One matrix for the one kernel, or one per point."""
+    return r.flatten(1).unsqueeze(0) if pooled else r.transpose(0, 1)
+
+
+def _from_groups(
+    flat: Float[Tensor, "group particle entry"], like: Float[Tensor, "particle point feature"]
+) -> Float[Tensor, "particle point feature"]:
+    """Undo `_by_group`."""
+    return flat[0].reshape(like.shape) if len(flat) == 1 else flat.transpose(0, 1)
+
+
+def _stein_factor(
+    centred: Float[Tensor, "particle point feature"],
+    velocity: Float[Tensor, "particle point feature"],
+    pooled: bool,
+) -> Float[Tensor, "1 #point 1"]:
+    """Factor that makes Stein's identity hold, one per kernel.
+
+    Between 1/1000 and 1000: far from rest, an estimate may carry no information on the scale.
+    """
+    dims = (0, 1, 2) if pooled else (0, 2)
+    found = (centred * velocity).sum(dims, keepdim=True) / (len(centred) - 1)
+    wanted = centred[0].numel() if pooled else centred.shape[2]
+    return wanted / found.clamp(min=wanted / 1000, max=wanted * 1000)
+
+
+def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tuple[Tensor, Any]:
+    """Coordinates with unit covariance, and the map of a velocity there back to ours.
+
+    With S = L L^T and z = L^-1 (x - m), a score transforms as L^-T.
+    """
+    count, num_points, num_features = everyone.shape
+    x = everyone.flatten(1)
+    x = x - x.mean(0)
+    variance = x.square().sum(0) / (count - 1)
+    # A coordinate in which particles agree has no scale of its own.
+    variance = torch.where(variance > 0, variance, torch.ones_like(variance))
+    if how == "diag":
+        scale = variance.sqrt()
+        white = (x / scale).reshape(everyone.shape)
+        return white, lambda v: v / scale.reshape(num_points, num_features)
+    dimension = x.shape[1]
+    shrink = 0.2 if count <= 2 * dimension else 1e-3
+    covariance = (1 - shrink) * (x.T @ x) / (count - 1) + shrink * variance.diag()
+    factor = torch.linalg.cholesky(covariance)
+    white = torch.linalg.solve_triangular(factor, x.T, upper=False).T.reshape(everyone.shape)
+
+    def unwhiten(velocity: Tensor) -> Tensor:
+        flat = velocity.flatten(1)
+        return torch.linalg.solve_triangular(factor.T, flat.T, upper=True).T.reshape(velocity.shape)
+
+    return white, unwhiten

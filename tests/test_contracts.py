@@ -12,7 +12,9 @@ from torch import nn
 from pyro_fordes import (
     IMQ,
     RBF,
+    SVGD,
     WGD,
+    ArgumentError,
     Ensemble,
     Fixed,
     InputGradients,
@@ -39,6 +41,8 @@ KERNELS = {
 SPACES = {
     "Weights": Weights(),
     "Weights of one site": Weights(sites=["net.0.weight"]),
+    "Weights by site": Weights(group="site"),
+    "Weights by coordinate": Weights(group="coordinate"),
     "InputGradients of a site": InputGradients("x", output="logits"),
     "InputGradients of a submodule": InputGradients("x", output="net"),
     "InputGradients of the log probability": InputGradients("x"),
@@ -51,7 +55,18 @@ SPACES = {
         "x", output="logits", lengthscale=tuned_lengthscale(X, 0.3)
     ),
 }
-TRANSPORTS = {"WGD(kde)": WGD("kde"), "Ensemble": Ensemble()}
+TRANSPORTS = {
+    "WGD(kde)": WGD("kde"),
+    "WGD(blob)": WGD("blob"),
+    "WGD(sge)": WGD("sge"),
+    "WGD(ssge)": WGD("ssge"),
+    "WGD(ssge), few eigenpairs": WGD("ssge", num_eigenpairs=2),
+    "WGD(kde), calibrated": WGD("kde", whiten="full", calibrate=True),
+    "WGD(sge), calibrated": WGD("sge", whiten="full", calibrate=True),
+    "WGD(sge), calibrated diag": WGD("sge", whiten="diag", calibrate=True),
+    "SVGD": SVGD(),
+    "Ensemble": Ensemble(),
+}
 
 kernels = pytest.mark.parametrize("name", KERNELS)
 spaces = pytest.mark.parametrize("name", SPACES)
@@ -99,7 +114,7 @@ def test_kernel_gradient_is_that_of_its_value(name):
     value, _ = kernel.profile(distances, matrix.bandwidth)
     torch.testing.assert_close(value, matrix.value)
     (expected,) = torch.autograd.grad((weights * value.mean(0)).sum(), local)
-    found = matrix.gradient_sum(weights)
+    found = matrix.gradient_sum(weights[None])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -115,10 +130,15 @@ def test_kernel_keeps_dtype_and_arguments(name, dtype):
 
 def test_parts_are_frozen_and_have_one_form():
     for kernel, _ in KERNELS.values():
-        assert list(inspect.signature(kernel.evaluate).parameters) == ["everyone", "rows", "step"]
+        assert list(inspect.signature(kernel.evaluate).parameters) == [
+            "everyone",
+            "rows",
+            "step",
+            "pooled",
+        ]
     for transport in TRANSPORTS.values():
         names = list(inspect.signature(transport.repel).parameters)
-        assert names == ["kernel", "everyone", "rows", "step"]
+        assert names == ["kernel", "everyone", "rows", "step", "scores", "pooled"]
         assert isinstance(transport.repulsive, bool)
     for space in SPACES.values():
         for method in ("prepare", "capture", "represent"):
@@ -131,48 +151,91 @@ def test_parts_are_frozen_and_have_one_form():
 # -------------------------------------------------------------------- transports
 
 
+def repel(name, r, rows=slice(None), base=RBF(Weights()), pooled=True):  # noqa: B008
+    """Velocity of a transport, the same made-up scores for all that want some."""
+    scores = (r - 0.3).sin() if TRANSPORTS[name].uses_scores else None
+    found = TRANSPORTS[name].repel(base, r, rows, scores=scores, pooled=pooled)
+    assert (found.driving is not None) == TRANSPORTS[name].uses_scores
+    return found
+
+
 @transports
-def test_one_particle_feels_nothing(name):
+def test_one_particle_feels_no_repulsion(name):
     r = representation(1)
-    assert (TRANSPORTS[name].repel(RBF(Weights()), r).velocity == 0).all()
+    found = repel(name, r)
+    assert (found.velocity == 0).all()
+    if found.driving is not None:
+        torch.testing.assert_close(found.driving, (r - 0.3).sin())
+
+
+def needs_symmetry(name):
+    transport = TRANSPORTS[name]
+    return isinstance(transport, WGD) and transport.estimator != "kde"
 
 
 @transports
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_transport_is_equivariant_and_local(name, kernel):
     """Permuting particles permutes velocities; shifting all changes nothing; rows are rows."""
-    transport, base = TRANSPORTS[name], KERNELS[kernel][0]
-    r = representation(6)
-    velocity = transport.repel(base, r).velocity
+    base, symmetric = KERNELS[kernel]
+    r = representation(9, 1)
+    if needs_symmetry(name) and not symmetric:
+        with pytest.raises(ArgumentError, match="symmetric kernel"):
+            repel(name, r, base=base)
+        return
+    velocity = repel(name, r, base=base).velocity
     assert velocity.shape == r.shape
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    permuted = transport.repel(base, r[order]).velocity
-    torch.testing.assert_close(permuted, velocity[order], rtol=1e-9, atol=1e-12)
-    shifted = transport.repel(base, r + 5.0).velocity
-    torch.testing.assert_close(shifted, velocity, rtol=1e-9, atol=1e-12)
-    rows = transport.repel(base, r, slice(2, 4)).velocity
-    torch.testing.assert_close(rows, velocity[2:4], rtol=1e-9, atol=1e-12)
+    order = torch.tensor([3, 0, 5, 1, 4, 2, 8, 7, 6])
+    permuted = repel(name, r[order], base=base).velocity
+    torch.testing.assert_close(permuted, velocity[order], rtol=1e-8, atol=1e-11)
+    shifted = repel(name, r + 5.0, base=base).velocity
+    torch.testing.assert_close(shifted, velocity, rtol=1e-7, atol=1e-10)
+    rows = repel(name, r, slice(2, 4), base=base)
+    torch.testing.assert_close(rows.velocity, velocity[2:4], rtol=1e-9, atol=1e-12)
+    if rows.driving is not None:
+        torch.testing.assert_close(rows.driving, repel(name, r, base=base).driving[2:4])
+
+
+@transports
+def test_points_that_are_not_pooled_have_kernels_of_their_own(name):
+    """Each point alone gives the same as all together."""
+    r = representation(7, 4, 1)
+    together = repel(name, r, pooled=False)
+    for b in range(4):
+        alone = repel(name, r[:, b : b + 1], pooled=False)
+        found = together.velocity[:, b : b + 1]
+        torch.testing.assert_close(found, alone.velocity, rtol=1e-9, atol=1e-12)
+        if alone.driving is not None:
+            torch.testing.assert_close(together.driving[:, b : b + 1], alone.driving)
 
 
 @transports
 def test_repulsive_transports_push_pairs_apart(name):
-    transport = TRANSPORTS[name]
     r = torch.tensor([[[0.0, 0.0]], [[1.0, 2.0]]], dtype=torch.float64)
-    first, second = transport.repel(RBF(Weights()), r).velocity
+    first, second = repel(name, r).velocity
     away = ((first - second) * (r[0] - r[1])).sum()
-    assert (away > 0) == transport.repulsive
+    assert (away > 0) == TRANSPORTS[name].repulsive
     torch.testing.assert_close(first, -second)
 
 
 @transports
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_transport_keeps_dtype_and_arguments(name, dtype):
-    r = representation(dtype=dtype)
+    r = representation(dtype=dtype, points=1)
     before = r.clone()
-    velocity = TRANSPORTS[name].repel(RBF(Weights()), r).velocity
+    velocity = repel(name, r).velocity
     assert velocity.dtype == dtype
     assert velocity.isfinite().all()
     assert (r == before).all()
+
+
+@transports
+def test_equal_particles_give_finite_velocities(name):
+    same = representation(1, 1).expand(5, 1, 3)
+    assert repel(name, same).velocity.abs().max() < 1e-6
+    mostly = same.clone()
+    mostly[0] += 1.0
+    assert repel(name, mostly).velocity.isfinite().all()
 
 
 # -------------------------------------------------------------------- spaces
@@ -248,14 +311,15 @@ def test_space_reaches_its_own_particle_only(name):
 @spaces
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_space_trains_with_every_transport(name, transport):
+    rule, space = TRANSPORTS[transport], SPACES[name]
     inference = ParticleInference(
-        Model(),
-        pyro.optim.Adam({"lr": 0.02}),
-        4,
-        kernel=RBF(SPACES[name]),
-        transport=TRANSPORTS[transport],
-        seed=0,
+        Model(), pyro.optim.Adam({"lr": 0.02}), 4, kernel=RBF(space), transport=rule, seed=0
     )
+    in_weights_only = rule.uses_scores or (isinstance(rule, WGD) and rule.calibrate)
+    if in_weights_only and not space.own_values:
+        with pytest.raises(ArgumentError, match="weight space only"):
+            inference.setup(X, Y)
+        return
     losses = inference.run(30, X, Y, progress_bar=False)
     assert losses.isfinite().all()
     assert losses[-1] < losses[0]

@@ -1,0 +1,238 @@
+"""Transports against typed-out formulas, other libraries' rules, and identities between them."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVGD as PyroSVGD, RBFSteinKernel
+
+from pyro_fordes import IMQ, RBF, SVGD, WGD, ArgumentError, Fixed, ParticleInference, Weights
+
+H = 0.8
+
+
+def particles(count=7, features=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, features, dtype=torch.float64, generator=generator)
+
+
+def kernel_matrix(x):
+    return torch.exp(-((x[:, None] - x[None]) ** 2).sum(-1) / (2 * H))
+
+
+def gradient_by_first(x):
+    """(i, j, feature): gradient of k(x_i, x_j) by x_i, typed out."""
+    return -(x[:, None] - x[None]) / H * kernel_matrix(x)[:, :, None]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_blob_is_the_gradient_without_stop_gradient():
+    x = particles().requires_grad_()
+    (gradient,) = torch.autograd.grad(-kernel_matrix(x[:, 0]).sum(1).log().sum(), x)
+    velocity = WGD("blob").repel(RBF(Weights(), Fixed(H)), x.detach()).velocity
+    torch.testing.assert_close(velocity, gradient, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+def test_sge_is_the_published_rule(ridge):
+    """D'Angelo & Fortuin's sge-WGD: sum_j (K + eta I)^-1_ij sum_k grad_{x_k} k(x_k, x_j)."""
+    x = particles()
+    inverse = torch.linalg.inv(kernel_matrix(x[:, 0]) + ridge * torch.eye(7, dtype=x.dtype))
+    close(
+        WGD("sge", ridge=ridge).repel(RBF(Weights(), Fixed(H)), x).velocity,
+        inverse @ gradient_by_first(x[:, 0]).sum(0),
+    )
+
+
+def test_sge_is_gfsf():
+    """Liu et al. 2019: (1/h) (sum_j K^-1_ij K_j x_j - x_i), without a ridge."""
+    x = particles()
+    k = kernel_matrix(x[:, 0])
+    expected = (torch.linalg.solve(k, k.sum(1, keepdim=True) * x[:, 0]) - x[:, 0]) / H
+    found = WGD("sge", ridge=0.0).repel(RBF(Weights(), Fixed(H)), x).velocity[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_ssge_is_the_published_sum_over_eigenpairs():
+    """sum_j (1/l_j^2) sum_m sum_k u_jk grad_{x_m} k(x_m, x_k) sum_l u_jl k(x_i, x_l)."""
+    x, ridge, keep = particles(), 0.01, 4
+    k = kernel_matrix(x[:, 0])
+    values, vectors = torch.linalg.eigh(k + ridge * torch.eye(7, dtype=x.dtype))
+    inner = gradient_by_first(x[:, 0]).sum(0)
+    expected = torch.zeros_like(x[:, 0])
+    for j in range(7 - keep, 7):
+        u = vectors[:, j]
+        expected += torch.outer(k @ u, u @ inner) / values[j] ** 2
+    close(WGD("ssge", num_eigenpairs=keep).repel(RBF(Weights(), Fixed(H)), x).velocity, expected)
+
+
+def test_ssge_with_all_eigenpairs_tends_to_sge_without_ridge():
+    x = particles()
+    kernel = RBF(Weights(), Fixed(H))
+    rules = [WGD(name, ridge=1e-9).repel(kernel, x).velocity for name in ("sge", "ssge")]
+    torch.testing.assert_close(rules[0], rules[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kernel", [RBF(Weights(), Fixed(H)), IMQ(Weights(), Fixed(H))], ids=["RBF", "IMQ"]
+)
+def test_svgd_is_the_textbook_double_loop(kernel):
+    x = particles()
+    scores = -x + 0.2
+
+    def k(a, b):
+        d = ((a - b) ** 2).sum()
+        return torch.exp(-d / (2 * H)) if isinstance(kernel, RBF) else (1 + d / (2 * H)) ** -0.5
+
+    expected = torch.zeros_like(x[:, 0])
+    for i in range(7):
+        for j in range(7):
+            xj = x[j, 0].clone().requires_grad_()
+            value = k(xj, x[i, 0])
+            (gradient,) = torch.autograd.grad(value, xj)
+            expected[i] += (value.detach() * scores[j, 0] + gradient) / 7
+    found = SVGD().repel(kernel, x, scores=scores)
+    close(found.driving + found.velocity, expected)
+
+
+class PyroBandwidth:
+    """Pyro's rule in our terms: exp(-d / h) with the median over pairs over log(n + 1)."""
+
+    def __call__(self, distances, step):
+        count = distances.shape[-1]
+        rows, columns = torch.triu_indices(count, count, offset=1)
+        median = distances[:, rows, columns].median(dim=1).values
+        return (median / math.log(count + 1) / 2)[:, None, None]
+
+
+def test_coordinates_reproduce_pyros_svgd():
+    """Ten steps beside ``pyro.infer.SVGD`` in its default mode, from the same particles.
+
+    One site only: Pyro packs sites one after the other and then reads the packed vector as one row
+    per particle, so with several sites its rows mix particles.
+    """
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(2), 3.0).to_event(1))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(mean.sum(-1).exp(), 1.0), obs=y)
+
+    y = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64)
+    theirs = PyroSVGD(model, RBFSteinKernel(), pyro.optim.SGD({"lr": 0.02}), 6, max_plate_nesting=1)
+    ours = ParticleInference(
+        model,
+        pyro.optim.SGD({"lr": 0.02}),
+        6,
+        kernel=RBF(Weights(group="coordinate"), PyroBandwidth()),
+        transport=SVGD(),
+        init_loc_fn=lambda site: 0.1 * torch.randn(2, dtype=torch.float64),
+        seed=0,
+    )
+    theirs.step(y)
+    ours.setup(y)
+    start = ours.get_samples()["mean"]
+    with torch.no_grad():
+        pyro.param("svgd_particles").copy_(start.flatten())
+    for _ in range(10):
+        theirs.step(y)
+        ours.step(y)
+    expected = theirs.get_named_particles()["mean"].detach().reshape(6, 2)
+    torch.testing.assert_close(ours.get_samples()["mean"], expected, rtol=1e-9, atol=1e-11)
+    assert (expected - start).abs().min() > 1e-3
+
+
+# -------------------------------------------------------------------- whitening, calibration
+
+
+CALIBRATED = [WGD(name, whiten="full", calibrate=True) for name in ("kde", "blob", "sge", "ssge")]
+
+
+@pytest.mark.parametrize("rule", CALIBRATED, ids=lambda rule: rule.estimator)
+def test_stein_identity_holds_on_the_particles(rule):
+    """sum_i (x_i - mean) . s_i = -(M - 1) D for the estimated score s."""
+    x = particles(30, 4)[:, 0]
+    velocity = rule.repel(RBF(Weights()), x[:, None]).velocity[:, 0]
+    assert ((x - x.mean(0)) * velocity).sum().item() == pytest.approx(29 * 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", CALIBRATED, ids=lambda rule: rule.estimator)
+def test_full_whitening_is_equivariant_to_rotations_and_scales(rule):
+    """x -> x A with A orthogonal times a number maps a score by the inverse transpose.
+
+    For general A it holds up to the shrinkage of the covariance, 0.001 here.
+    """
+    x = particles(40, 3)
+    velocity = rule.repel(RBF(Weights()), x).velocity
+    a = torch.linalg.qr(particles(3, 3, seed=5)[:, 0]).Q
+    general = torch.tensor([[2.0, 0.3, 0.0], [0.0, 1.0, -0.5], [0.1, 0.0, 0.4]]).double()
+    for matrix, tolerance in ((3.0 * torch.eye(3).double(), 1e-8), (a, 2e-2), (general, 2e-2)):
+        moved = rule.repel(RBF(Weights()), x @ matrix).velocity
+        expected = velocity @ torch.linalg.inv(matrix).T
+        error = (moved - expected).norm() / expected.norm()
+        assert error < tolerance
+
+
+def test_diagonal_whitening_is_equivariant_to_scales_of_coordinates():
+    x = particles(20, 3)
+    scale = torch.tensor([0.01, 1.0, 50.0], dtype=x.dtype)
+    rule = WGD("sge", whiten="diag", calibrate=True)
+    velocity = rule.repel(RBF(Weights()), x).velocity
+    moved = rule.repel(RBF(Weights()), x * scale).velocity
+    torch.testing.assert_close(moved, velocity / scale, rtol=1e-8, atol=1e-12)
+
+
+def test_exact_scores_of_independent_draws_need_no_calibration_on_average():
+    """E sum_i (x_i - mean) . s(x_i) = -(M - 1) D, so the denominator M - 1 is unbiased.
+
+    20,000 sets of 5 draws from a 2-d Gaussian; the mean of the ratio is within 5 standard errors
+    of 1 (false alarm below 1e-6), and that with M instead of M - 1 is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 5, 2, generator=generator, dtype=torch.float64) * 3
+    sums = ((x - x.mean(1, keepdim=True)) * x / 9).sum((1, 2))
+    for denominator, right in ((4 * 2, True), (5 * 2, False)):
+        ratio = sums / denominator
+        error = (ratio.mean() - 1).abs() / (ratio.std() / len(ratio) ** 0.5)
+        assert (error < 5) == right
+
+
+@pytest.mark.parametrize("estimator", ["kde", "blob", "sge", "ssge"])
+def test_calibrated_rule_at_rest_has_the_exact_total_variance(estimator):
+    """On a Gaussian with scales far apart the whitened trace is exact, whatever the kernel."""
+    sd = torch.tensor([0.1, 1.0, 10.0, 2.0, 0.5], dtype=torch.float64)
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros_like(sd), sd).to_event(1))
+
+    inference = ParticleInference(
+        model,
+        pyro.optim.ClippedAdam({"lr": 0.2, "lrd": 0.988, "clip_norm": 1e9}),
+        40,
+        kernel=RBF(Weights()),
+        transport=WGD(estimator, whiten="full", calibrate=True),
+        seed=0,
+    )
+    inference.run(700, progress_bar=False)
+    x = inference.get_samples()["x"]
+    ratio = x.var(0) / sd**2
+    assert ratio.mean().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    for build in (
+        lambda: WGD("ssge", num_eigenpairs=0),
+        lambda: WGD("sge", num_eigenpairs=3),
+        lambda: WGD("sge", ridge=-1.0),
+        lambda: WGD(whiten="half"),
+        lambda: Weights(group="pairs"),
+        lambda: IMQ(Weights(), beta=0.5),
+    ):
+        with pytest.raises(ArgumentError):
+            build()
+    with pytest.raises(ArgumentError, match="scores"):
+        SVGD().repel(RBF(Weights()), particles())
