@@ -1,0 +1,477 @@
+"""Time, arithmetic and memory of one training step: ours, ``pyro.infer.SVGD`` and by hand.
+
+All competitors train the same Bayesian MLP from the same particles on the same minibatch with Adam,
+one thread. Before anything is timed, losses and updates are compared in double precision.
+
+* Time: the competitors take turns, a block of steps each; a row shows the lower quartile of its
+  rounds. A block of ours is as long as ``diagnostics_every``, so the dearer measured steps count.
+* Arithmetic: matrix products of a step, counted by the formulas of ``torch.utils.flop_counter``.
+* Memory: each competitor runs in a process of its own. After a step to warm up, freed memory goes
+  back to the system (``malloc_trim``) and the process's peak resident size is reset
+  (``/proc/self/clear_refs``); shown is how far the peak of two more steps lies above the resident
+  size before them. Particles and optimiser state, the same for all, are thus not in it.
+
+Run as ``python benchmarks/step_time.py [--particles 10 50] [--rounds 15] [--smoke]``.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.svgd import SVGD, RBFSteinKernel
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import pyro_fordes
+from pyro_fordes import (
+    RBF,
+    WGD,
+    Ensemble,
+    InputGradients,
+    ParticleInference,
+    Weights,
+    bayesianize,
+    init_to_modules,
+)
+
+SIZES = (64, 100, 100, 10)
+BATCH, NUM_DATA = 128, 1000
+BLOCK = 10  # steps of a block; also every how many steps ours measures its diagnostics
+OURS = "ours: Ensemble"
+FORDE = "ours: FoRDE"
+PYRO = "pyro.infer.SVGD"
+LOOP = "by hand: ensemble, loop"
+BATCHED = "by hand: ensemble, batched"
+FORDE_BATCHED = "by hand: FoRDE, batched"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Initial networks (one per particle), a minibatch and the optimiser."""
+
+    nets: list[nn.Module]
+    x: Tensor
+    y: Tensor
+    optim: str = "Adam"
+    lr: float = 1e-3
+
+    @property
+    def pyro_optim(self) -> pyro.optim.PyroOptim:
+        """The optimiser as Pyro wraps it."""
+        return getattr(pyro.optim, self.optim)({"lr": self.lr})
+
+    def torch_optim(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of torch for some parameters."""
+        return getattr(torch.optim, self.optim)(parameters, lr=self.lr)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Initial values by site of our model, particle axis first."""
+        named = [dict(net.named_parameters()) for net in self.nets]
+        return {
+            f"net.{name}": torch.stack([params[name].detach() for params in named])
+            for name in named[0]
+        }
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(SIZES):
+        layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def problem(particles: int, dtype: torch.dtype = torch.float32, **optim: object) -> Problem:
+    torch.manual_seed(0)
+    x, y = torch.randn(BATCH, SIZES[0], dtype=dtype), torch.randint(SIZES[-1], (BATCH,))
+    return Problem([network(dtype) for _ in range(particles)], x, y, **optim)
+
+
+# -------------------------------------------------------------------- with Pyro
+
+
+class Classifier(PyroModule):
+    """The model as a user of ours writes it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = bayesianize(network(dtype), prior=1.0)
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        """Observe the labels."""
+        logits = self.net(x)
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+class Ours:
+    """``ParticleInference`` with any kernel and transport."""
+
+    def __init__(self, problem: Problem, **options: object) -> None:
+        self.problem = problem
+        self.inference = ParticleInference(
+            Classifier(problem.x.dtype),
+            problem.pyro_optim,
+            len(problem.nets),
+            init_loc_fn=init_to_modules(problem.nets),
+            diagnostics_every=BLOCK,
+            seed=0,
+            **options,
+        )
+
+    def step(self) -> float:
+        """One step; the loss before it."""
+        return self.inference.step(self.problem.x, self.problem.y)
+
+    def values(self) -> dict[str, Tensor]:
+        """Particles by site."""
+        return self.inference.get_samples()
+
+
+def vectorised_model(x: Tensor, y: Tensor) -> None:
+    """`Classifier` with weights that broadcast over an outer particle plate, for SVGD."""
+    prior = dist.Normal(x.new_zeros(()), 1.0)
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(SIZES)):
+        layer = f"net.{2 * i}"
+        weight = pyro.sample(f"{layer}.weight", prior.expand([fan_out, fan_in]).to_event(2))
+        bias = pyro.sample(f"{layer}.bias", prior.expand([fan_out]).to_event(1))
+        x = (x if i == 0 else x.relu()) @ weight.squeeze(-3).mT + bias
+    with pyro.plate("data", NUM_DATA, subsample_size=len(y)):
+        pyro.sample("y", dist.Categorical(logits=x), obs=y)
+
+
+class PyroSVGD:
+    """``pyro.infer.SVGD`` with its default (univariate) kernel; one at a time, as it is global."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        pyro.clear_param_store()
+        self.svgd = SVGD(
+            vectorised_model,
+            RBFSteinKernel(),
+            problem.pyro_optim,
+            num_particles=len(problem.nets),
+            max_plate_nesting=1,
+        )
+        self.loss()  # sets up the particles
+        # The guide keeps one flat vector, site after site (which SVGD.step then cuts into rows that
+        # are no particles unless there is one site; the amount of work is the same).
+        start = torch.cat([value.flatten() for value in problem.stacked().values()])
+        with torch.no_grad():
+            pyro.param("svgd_particles").copy_(start)
+
+    def loss(self) -> float:
+        """Mean negative log joint, as ours; `step` does not return it."""
+        x, y = self.problem.x, self.problem.y
+        total = self.svgd.loss(self.svgd.model, self.svgd.guide, x, y)
+        return total.item() / len(self.problem.nets)
+
+    def step(self) -> float:
+        """One step; SVGD gives no loss."""
+        self.svgd.step(self.problem.x, self.problem.y)
+        return math.nan
+
+
+# -------------------------------------------------------------------- by hand
+
+
+@torch.no_grad()
+def repulsion(r: Tensor) -> Tensor:
+    """KDE-WGD velocity of ``(particle, point, feature)``: RBF, median per point, mean of points."""
+    count, num_points = len(r), r.shape[1]
+    r = (r - r.mean(0)).transpose(0, 1)
+    squares = r.square().sum(-1)
+    distances = torch.baddbmm(squares[:, :, None] + squares[:, None], r, r.mT, alpha=-2)
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    ordered = distances.flatten(1)
+    middle = (
+        ordered.kthvalue((count**2 + 1) // 2).values + ordered.kthvalue(count**2 // 2 + 1).values
+    ) / 2
+    bandwidth = middle[:, None, None] / (2 * math.log(count))
+    kernel = torch.exp(distances / (-2 * bandwidth))
+    slope = kernel / bandwidth / (num_points * kernel.mean(0).sum(1)[:, None])
+    return (slope.sum(-1, keepdim=True) * r - slope @ r).transpose(0, 1)
+
+
+def unit(gradient: Tensor) -> Tensor:
+    return gradient / (gradient.square().sum(-1, keepdim=True) + 1e-24).sqrt()
+
+
+def prior_loss(parameters: list[Tensor]) -> Tensor:
+    """Negative log density of the standard Normal."""
+    size = sum(parameter.numel() for parameter in parameters)
+    squares = sum(parameter.square().sum() for parameter in parameters)
+    return squares / 2 + size * math.log(2 * math.pi) / 2
+
+
+class HandLoop:
+    """One network after the other, as deep ensembles are most often written."""
+
+    def __init__(self, problem: Problem, forde: bool = False) -> None:
+        self.x, self.y, self.forde = problem.x, problem.y, forde
+        self.nets = [network(problem.x.dtype) for _ in problem.nets]
+        for net, start in zip(self.nets, problem.nets, strict=True):
+            net.load_state_dict(start.state_dict())
+        self.optim = problem.torch_optim([p for net in self.nets for p in net.parameters()])
+
+    def step(self) -> float:
+        """One step; the loss before it."""
+        self.optim.zero_grad()
+        losses, representations = [], []
+        for net in self.nets:
+            x = self.x.detach().requires_grad_(self.forde)
+            logits = net(x)
+            nll = F.cross_entropy(logits, self.y, reduction="sum") * (NUM_DATA / BATCH)
+            losses.append(nll + prior_loss(list(net.parameters())))
+            if self.forde:
+                picked = logits.gather(1, self.y[:, None]).sum()
+                (gradient,) = torch.autograd.grad(picked, x, create_graph=True)
+                representations.append(unit(gradient))
+            else:
+                losses[-1].backward()
+        if self.forde:
+            r = torch.stack(representations)
+            total = torch.stack(losses).sum() - (repulsion(r) * r).sum()
+            total.backward(inputs=self.optim.param_groups[0]["params"])
+        self.optim.step()
+        return sum(loss.item() for loss in losses) / len(losses)
+
+
+class HandBatched:
+    """All networks at once, weights stacked and multiplied by ``baddbmm``."""
+
+    def __init__(self, problem: Problem, forde: bool = False) -> None:
+        self.forde = forde
+        self.count = len(problem.nets)
+        self.x = problem.x.expand(self.count, *problem.x.shape)
+        self.y = problem.y.repeat(self.count)
+        self.parameters = {n: v.clone().requires_grad_() for n, v in problem.stacked().items()}
+        self.optim = problem.torch_optim(list(self.parameters.values()))
+
+    def step(self) -> float:
+        """One step; the loss before it."""
+        self.optim.zero_grad()
+        tensors = list(self.parameters.values())
+        x = self.x.detach().requires_grad_(self.forde)
+        h = x
+        for i, (weight, bias) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
+            h = torch.baddbmm(bias.unsqueeze(1), h if i == 0 else h.relu(), weight.mT)
+        logits = h.flatten(0, 1)
+        nll = F.cross_entropy(logits, self.y, reduction="sum") * (NUM_DATA / BATCH)
+        total = loss = nll + prior_loss(tensors)
+        if self.forde:
+            picked = logits.gather(1, self.y[:, None]).sum()
+            (gradient,) = torch.autograd.grad(picked, x, create_graph=True)
+            r = unit(gradient)
+            total = loss - (repulsion(r) * r).sum()
+        total.backward(inputs=tensors)
+        self.optim.step()
+        return loss.item() / self.count
+
+    def values(self) -> dict[str, Tensor]:
+        """Particles by site."""
+        return {name: value.detach() for name, value in self.parameters.items()}
+
+
+def forde(p: Problem) -> Ours:
+    """FoRDE on the raw logit of the observed class, as in the paper."""
+    return Ours(p, kernel=RBF(InputGradients("x", output="net")), transport=WGD())
+
+
+# Name, how to make it, and floor of its time over our Ensemble's: passes through the network where
+# forward, backward by inputs and backward by weights count 1 each (double backward: 2).
+COMPETITORS: dict[str, tuple[Callable[[Problem], object], float]] = {
+    OURS: (lambda p: Ours(p, transport=Ensemble()), 1.0),
+    FORDE: (forde, 2.0),
+    "ours: WGD in weight space": (lambda p: Ours(p, kernel=RBF(Weights()), transport=WGD()), 1.0),
+    PYRO: (PyroSVGD, 1.0),
+    LOOP: (HandLoop, 1.0),
+    BATCHED: (HandBatched, 1.0),
+    "by hand: FoRDE, loop": (lambda p: HandLoop(p, forde=True), 2.0),
+    FORDE_BATCHED: (lambda p: HandBatched(p, forde=True), 2.0),
+}
+
+
+# -------------------------------------------------------------------- measuring
+
+
+def check(particles: int) -> None:
+    """Raise unless the competitors compute the same losses and the same FoRDE force."""
+    same = problem(particles, torch.float64)
+    losses = {
+        name: make(same).step() for name, (make, _) in COMPETITORS.items() if make is not PyroSVGD
+    }
+    losses[PYRO] = PyroSVGD(same).loss()
+    worst = max(abs(loss / losses[OURS] - 1) for loss in losses.values())
+    assert worst < 1e-10, losses
+
+    # One SGD step: what FoRDE adds to the ensemble's step is the repulsion alone.
+    sgd = problem(particles, torch.float64, optim="SGD", lr=1.0)
+    moved = {}
+    for name in (OURS, FORDE, BATCHED, FORDE_BATCHED):
+        competitor = COMPETITORS[name][0](sgd)
+        competitor.step()
+        moved[name] = torch.cat([v.flatten() for v in competitor.values().values()])
+    start = torch.cat([v.flatten() for v in sgd.stacked().values()])
+    ours, hand = moved[FORDE] - moved[OURS], moved[FORDE_BATCHED] - moved[BATCHED]
+    error = ((ours - hand).norm() / hand.norm()).item()
+    assert error < 1e-8, error
+    share = (hand.norm() / (moved[BATCHED] - start).norm()).item()
+    print(
+        f"checked in double precision: losses agree to {worst:.0e} ({losses[OURS]:.2f}), the "
+        f"repulsive force to {error:.0e} (it is {share:.2g} of the driving force)"
+    )
+
+
+def times(particles: int, rounds: int) -> dict[str, float]:
+    """Lower quartile of each competitor's seconds per step, the competitors taking turns."""
+    running = {name: make(problem(particles)) for name, (make, _) in COMPETITORS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for competitor in running.values():
+        competitor.step()
+    for index in range(rounds):
+        for name, competitor in running.items():
+            slow = name == PYRO
+            if slow and particles > 20 and index >= 3:
+                continue  # a step takes seconds and its time varies little
+            steps = (1 if particles > 20 else 3) if slow else BLOCK
+            start = time.perf_counter()
+            for _ in range(steps):
+                competitor.step()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return {name: sorted(taken)[len(taken) // 4] for name, taken in seconds.items()}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts below autograd and vmap; ``FlopCounterMode`` does not survive double backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            count = flop_registry[func._overloadpacket]
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def flops(name: str, particles: int) -> float:
+    """Floating-point operations in the matrix products of a step."""
+    competitor = COMPETITORS[name][0](problem(particles))
+    competitor.step()
+    with FlopCounter() as counter:
+        competitor.step()
+    return counter.total
+
+
+def _resident(field: str) -> float:
+    """Resident size (VmRSS) or its peak (VmHWM) of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def memory_here(name: str, particles: int) -> float:
+    """MiB by which the resident size rises during a step, in this process."""
+    competitor = COMPETITORS[name][0](problem(particles))
+    competitor.step()
+    competitor.step()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    competitor.step()
+    competitor.step()
+    return _resident("VmHWM") - before
+
+
+def memory(name: str, particles: int) -> float:
+    """The same in a process of its own, NaN where the system cannot tell (not Linux)."""
+    command = [sys.executable, __file__, "--particles", str(particles), "--memory-of", name]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return float(result.stdout.split()[-1]) if result.returncode == 0 else math.nan
+
+
+def table(particles: int, seconds: dict[str, float], smoke: bool) -> None:
+    columns = ("ms/step", "/ Ensemble", "floor", "GFLOP", "MiB/step")
+    print(f"\n{particles} particles")
+    print(f"{'':28}" + "".join(f"{column:>12}" for column in columns))
+    for name, (_, floor) in COMPETITORS.items():
+        # Starting a process takes seconds: a smoke test starts one.
+        risen = math.nan if smoke and name != FORDE else memory(name, particles)
+        print(
+            f"{name:28}{1e3 * seconds[name]:12.2f}{seconds[name] / seconds[OURS]:12.2f}"
+            f"{floor:12.1f}{flops(name, particles) / 1e9:12.3f}{risen:12.1f}",
+            flush=True,
+        )
+
+
+def expectations(particles: int, seconds: dict[str, float]) -> list[tuple[str, float, bool]]:
+    """What the issue expects, the number measured, and whether it is met."""
+    slower = seconds[FORDE] / seconds[OURS]
+    faster = seconds[PYRO] / seconds[FORDE]
+    loop = seconds[OURS] / seconds[LOOP]
+    wanted = [(f"Ensemble / hand-written loop at {particles}: at most 1", loop, loop <= 1)]
+    most, least = {10: (2.2, 3), 50: (2.6, 20)}.get(particles, (None, None))
+    if most is not None:
+        wanted += [
+            (f"FoRDE / Ensemble at {particles}: at most {most}", slower, slower <= most),
+            (f"SVGD / FoRDE at {particles}: at least {least}", faster, faster >= least),
+        ]
+    return wanted
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of one training step.")
+    parser.add_argument("--particles", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--smoke", action="store_true", help="3 particles, one round: seconds")
+    parser.add_argument("--memory-of", choices=COMPETITORS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+    if options.memory_of:
+        print(memory_here(options.memory_of, options.particles[0]))
+        return
+    if options.smoke:
+        options.particles, options.rounds = [3], 1
+    print(
+        f"pyro_fordes {pyro_fordes.__version__}, torch {torch.__version__}, "
+        f"pyro {pyro.__version__}, Python {platform.python_version()}; "
+        f"{processor()}, {torch.get_num_threads()} thread; MLP {'-'.join(map(str, SIZES))}, "
+        f"batch {BATCH} of {NUM_DATA}, {options.rounds} rounds",
+        flush=True,
+    )
+    results = []
+    for particles in options.particles:
+        check(particles)
+        seconds = times(particles, options.rounds)
+        table(particles, seconds, options.smoke)
+        results += expectations(particles, seconds)
+    print("\nexpected")
+    for text, measured, met in results:
+        print(f"  {text:50}{measured:8.2f}  {'ok' if met else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
