@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pyro.infer.autoguide.initialization import init_to_sample
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_fordes._checks import (
@@ -38,7 +38,7 @@ from pyro_fordes.particles import (
     Schedule,
     at_step,
 )
-from pyro_fordes.prototype import Prototype, check_data, named_buffers
+from pyro_fordes.prototype import Prototype, named_buffers
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import InputGradients
 from pyro_fordes.transports import WGD, Transport
@@ -177,10 +177,6 @@ class ParticleInference:
         prototype = self._log_joint.prototype(args, kwargs)
         setting = self._log_joint.setting(args, kwargs, prototype)
         latents = prototype.latents
-        values = {
-            name: site["value"] for name, site in prototype.trace.nodes.items() if name in latents
-        }
-        check_data(args, kwargs, values)
         space = self._space
         if self.transport.repulsive:
             self.transport.check(space)
@@ -306,7 +302,8 @@ class ParticleInference:
                 f"init_loc_fn"
             )
         named = {**forces.gradients, **forces.shared_gradients}
-        if not nn.utils.get_total_norm(list(named.values()), norm_type=1.0).isfinite():
+        # One sum tells, since NaN and infinity survive it.
+        if not torch.stack([gradient.sum() for gradient in named.values()]).sum().isfinite():
             sites = [name for name, gradient in named.items() if not gradient.isfinite().all()]
             raise NumericalError(
                 f"{start} the force on {', '.join(map(repr, sites)) or 'all sites together'} is "

@@ -110,8 +110,9 @@ def squared_distances(
 def _middle(values: Tensor, ranks: tuple[int, int]) -> Tensor:
     """Mean of two order statistics (0-based ranks) along the last axis."""
     low, high = ranks
-    lower = values.kthvalue(low + 1, dim=-1).values
-    return lower if low == high else (lower + values.kthvalue(high + 1, dim=-1).values) / 2
+    # Selecting twice is faster than sorting, and than kthvalue, which selects one at a time.
+    smallest = values.topk(high + 1, dim=-1, largest=False, sorted=False).values
+    return smallest.topk(high - low + 1, dim=-1, sorted=False).values.mean(-1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Median:
         """Median of the whole symmetric matrix from its upper triangle (half the work)."""
         count = distances.shape[-1]
         rows, columns = torch.triu_indices(count, count, offset=1, device=distances.device)
-        pairs = distances[:, rows, columns]
+        pairs = distances.flatten(1).index_select(1, rows * count + columns)
         # In the sorted matrix the diagonal's zeros come first, then each pair twice.
         low, high = ((rank - count) // 2 for rank in ((count**2 - 1) // 2, count**2 // 2))
         if low < 0:  # two particles: a zero and the only pair are in the middle

@@ -255,6 +255,7 @@ class LogJoint:
             name: Subsample(_draw(size, count, device), size)
             for name, (size, count, device) in prototype.plates.items()
         }
+        _check_values(values, prototype.latents)
         count = len(next(iter(values.values())))
         inputs, place = {}, None
         if input is not None:
@@ -378,6 +379,24 @@ def _shapes(tree: Any) -> Any:
         for leaf in leaves
     )
     return described, str(spec)
+
+
+def _check_values(values: Values, latents: Mapping[str, Latent]) -> None:
+    """Refuse a call of the model whose latent sites are not those of the particles."""
+    if set(values) != set(latents):
+        extra = [name for name in latents if name not in values]
+        hint = f"; was the observation of {extra} left out?" if extra else ""
+        raise ModelError(
+            f"with these arguments the model has the latent sites {list(latents)}, but particles "
+            f"have {list(values)}{hint}"
+        )
+    for name, value in values.items():
+        if value.shape[1:] != latents[name].shape:
+            raise ModelError(
+                f"with these arguments the latent site '{name}' has the unconstrained shape "
+                f"{tuple(latents[name].shape)}, but particles have {tuple(value.shape[1:])}; the "
+                f"size of a latent site must not change with the batch"
+            )
 
 
 def _draw(size: int, count: int, device: Any) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ModelError, describe
+from pyro_fordes._checks import ModelError, NumericalError, describe
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.particles import Latent
-from pyro_fordes.sites import latent_sites
+from pyro_fordes.sites import latent_sites, observed_sites
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,22 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
         kwargs: its keyword arguments.
 
     Raises:
-        ModelError: if it has no latent site, or one that particles cannot represent.
+        ModelError: if it has no latent site, or one that particles cannot represent, or data of
+            another device or dtype.
+        NumericalError: if an observation is not finite.
     """
     buffers = named_buffers(model)
-    saved = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in buffers.items()}
+    saved = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
     try:
-        with (
-            preserved_rng(),
-            pyro.validation_enabled(True),
-            warnings.catch_warnings(),
-        ):
+        with preserved_rng(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trace = poutine.trace(InitMessenger(init_to_sample)(model)).get_trace(*args, **kwargs)
-            _check_sites(trace)
-            trace.compute_log_prob()
-            for site in trace.nodes.values():
-                if site["type"] == "sample" and not site_is_subsample(site):
-                    check_site_shape(site, math.inf)
+            trace = _validated_trace(model, args, kwargs)
         now = named_buffers(model)
+        # By value: batch_norm's kernel changes its statistics without counting a version.
         mutated = tuple(
             name
-            for name, (buffer, version, _) in saved.items()
-            if now.get(name) is buffer and buffer._version != version
+            for name, (buffer, before) in saved.items()
+            if now.get(name) is buffer and not torch.equal(buffer, before)
         )
         replaced = [name for name, (buffer, *_) in saved.items() if now.get(name) is not buffer]
         if replaced:
@@ -84,9 +78,9 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
             )
     finally:
         with torch.no_grad():
-            for buffer, version, value in saved.values():
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, before in saved.values():
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
     plates = {
         name: (site["fn"].size, site["fn"].subsample_size, site["fn"].device)
         for name, site in trace.nodes.items()
@@ -95,6 +89,40 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
         and site["fn"].subsample_size not in (None, site["fn"].size)
     }
     return Prototype(trace, plates, _latents(trace), mutated)
+
+
+def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """A trace with log probabilities and checked shapes.
+
+    What Pyro and the model itself have to say reaches the user as it is, after the two mistakes
+    that they report badly: mixed types, and observations that are not finite.
+    """
+    tracer = poutine.trace()
+    try:
+        with tracer:
+            InitMessenger(init_to_sample)(model)(*args, **kwargs)
+    except Exception:
+        check_data(args, kwargs, _latent_values(tracer.trace))
+        raise
+    trace = tracer.trace
+    _check_sites(trace)
+    check_data(args, kwargs, _latent_values(trace))
+    for name in observed_sites(trace):
+        if not torch.as_tensor(trace.nodes[name]["value"]).isfinite().all():
+            raise NumericalError(
+                f"the observations of site '{name}' have values that are not finite; remove them, "
+                f"or mask them with poutine.mask and put any finite value in their place"
+            )
+    trace.compute_log_prob()
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            check_site_shape(site, math.inf)
+    return trace
+
+
+def _latent_values(trace: Any) -> dict[str, Tensor]:
+    """Values of the latent sites of a trace, which may have ended early."""
+    return {name: trace.nodes[name]["value"] for name in latent_sites(trace)}
 
 
 def _check_sites(trace: Any) -> None:
@@ -154,6 +182,8 @@ def check_data(args: tuple, kwargs: Mapping[str, Any], latents: Mapping[str, Ten
     Raises:
         ModelError: if something lies on another device or has another floating-point type.
     """
+    if not latents:
+        return
     reference_name, reference = next(iter(latents.items()))
     named = [(f"latent site '{name}'", value) for name, value in latents.items()]
     for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:

@@ -5,6 +5,7 @@ and turns the result into a representation of shape ``(particle, point, feature)
 differentiate by the particles (`represent`, outside it).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -279,7 +280,7 @@ def _unit(g: Tensor, eps: float) -> Tensor:
     squares = g.square().sum(-1, keepdim=True)
     zero = squares == 0
     length = (torch.where(zero, 1.0, squares) + eps**2).sqrt()
-    return torch.where(zero, 0.0, g / length)
+    return g / torch.where(zero, math.inf, length)
 
 
 def _gradient(column: Tensor, x: Tensor, output: Output, name: str) -> Tensor:

@@ -1,0 +1,439 @@
+"""The log joint of stacked particles against a plain loop with Pyro's own handlers."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch import nn
+
+from pyro_fordes import RBF, Ensemble, LogJoint, ParticleInference, Weights, bayesianize
+from pyro_fordes.particles import ravel, unravel
+from tests import naive
+
+PARTICLES = 4
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = X[:, 0] - 0.5 * X[:, 1]
+
+
+def supports(x, y):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    tail = pyro.sample("tail", dist.HalfCauchy(2.0))
+    share = pyro.sample("share", dist.Beta(2.0, 3.0))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(4)))
+    corr = pyro.sample("corr", dist.LKJCholesky(3, 1.0))
+    w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    bounded = pyro.sample("bounded", dist.Uniform(-1.0, 3.0))
+    mean = x @ w + bounded * share + weights[0] * corr[1, 0]
+    pyro.sample("y", dist.Normal(mean, scale + rate + tail).to_event(1), obs=y)
+
+
+def plates(x, y):
+    with pyro.plate("outer", 3, dim=-2):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("inner", 2, dim=-1):
+            b = pyro.sample("b", dist.LogNormal(a, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a.sum() + b.sum(), 1.0), obs=y)
+
+
+def scaled_and_masked(x, y):
+    with poutine.scale(scale=0.3):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)), poutine.mask(mask=y > 0):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def deterministic_and_factor(x, y):
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    half = pyro.deterministic("half", z / 2)
+    pyro.factor("bonus", -(half**2).sum())
+    pyro.sample("y", dist.Normal(x @ half, 1.0).to_event(1), obs=y)
+
+
+def smaller_batch(x, y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 50, subsample_size=len(x)):
+        pyro.sample("y", dist.Normal(z * x[:, 0], 1.0), obs=y)
+
+
+def by_keyword(x, *, y=None, scale=1.0):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+
+def parameters(x, y):
+    scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+
+class Network(PyroModule):
+    """Priors on one layer of an ordinary network; the other layer is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = PyroModule[nn.Linear](2, 3)
+        self.hidden.weight = PyroSample(dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+        self.out = PyroModule[nn.Linear](3, 1)
+        self.noise = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
+
+    def forward(self, x, y):
+        mean = self.out(torch.tanh(self.hidden(x))).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, self.noise), obs=y)
+
+
+def converted():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    to_pyro_module_(net)
+    for module in net.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            prior = dist.Normal(0.0, 1.0).expand(value.shape).to_event(value.dim())
+            setattr(module, name, PyroSample(prior))
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, y):
+            mean = self.net(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    return Model()
+
+
+MODELS = {
+    "constrained supports": (lambda: supports, (X, Y), {}),
+    "nested plates": (lambda: plates, (X, Y), {}),
+    "scale and mask": (lambda: scaled_and_masked, (X, Y), {}),
+    "deterministic and factor": (lambda: deterministic_and_factor, (X, Y), {}),
+    "a batch of a larger set": (lambda: smaller_batch, (X[:5], Y[:5]), {}),
+    "keyword arguments": (lambda: by_keyword, (X,), {"y": Y, "scale": 2.0}),
+    "parameters": (lambda: parameters, (X, Y), {}),
+    "partly Bayesian network": (Network, (X, Y), {}),
+    "converted network": (converted, (X, Y), {}),
+}
+
+
+def random_values(log_joint, args, kwargs, count=PARTICLES):
+    latents = log_joint.prototype(args, kwargs).latents
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(count, *latent.shape, generator=generator).requires_grad_()
+        for name, latent in latents.items()
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_equals_a_loop_with_pyros_handlers(name, vectorize):
+    make, args, kwargs = MODELS[name]
+    model = make()
+    log_joint = LogJoint(model, vectorize)
+    values = random_values(log_joint, args, kwargs)
+    latents = log_joint.prototype(args, kwargs).latents
+    found = log_joint.evaluate(values, args, kwargs)
+    density, log_det = [], []
+    for i in range(PARTICLES):
+        transforms = {n: latent.transform for n, latent in latents.items()}
+        one = {n: value[i] for n, value in values.items()}
+        subsamples = {n: torch.arange(5) for n in log_joint.prototype(args, kwargs).plates}
+        d, j, _ = naive_log_joint(model, one, transforms, args, kwargs, subsamples)
+        density.append(d)
+        log_det.append(torch.as_tensor(j))
+    torch.testing.assert_close(found.log_density, torch.stack(density), rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.log_det, torch.stack(log_det), rtol=1e-10, atol=1e-12)
+    gradients = torch.autograd.grad(found.log_joint.sum(), list(values.values()))
+    total = torch.stack(density).sum() + torch.stack(log_det).sum()
+    expected = torch.autograd.grad(total, list(values.values()))
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+
+
+def naive_log_joint(model, one, transforms, args, kwargs, subsamples):
+    """As `naive.log_joint_of_one`, by Pyro's own sum, which knows masks."""
+    density, log_det, trace = naive.log_joint_of_one(
+        model, one, transforms, args, kwargs, subsamples
+    )
+    return trace.log_prob_sum(), log_det, density
+
+
+def subsampling(x, seen):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x), subsample_size=4) as rows:
+        seen.append(rows)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x[rows, 0])
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_particles_share_one_minibatch_that_changes_from_call_to_call(vectorize):
+    seen = []
+    model = lambda x: subsampling(x, seen)  # noqa: E731
+    log_joint = LogJoint(model, vectorize)
+    x = torch.randn(30, 2)
+    values = random_values(log_joint, (x,), {})
+    drawn = []
+    for _ in range(5):
+        seen.clear()
+        found = log_joint.evaluate(values, (x,), {})
+        rows = found.subsamples["data"].indices
+        assert all((torch.as_tensor(indices) == rows).all() for indices in seen)
+        assert len(set(rows.tolist())) == 4
+        z = values["z"].unsqueeze(-1)
+        likelihood = dist.Normal(z, 1.0).log_prob(x[rows, 0]).sum(-1) * 30 / 4
+        expected = likelihood + dist.Normal(0.0, 1.0).log_prob(values["z"])
+        torch.testing.assert_close(found.log_density, expected, rtol=1e-10, atol=0)
+        drawn.append(tuple(rows.tolist()))
+    assert len(set(drawn)) > 1
+
+
+def test_last_batch_may_be_smaller():
+    log_joint = LogJoint(smaller_batch)
+    values = random_values(log_joint, (X, Y), {})
+    for size in (6, 6, 2):
+        found = log_joint.evaluate(values, (X[:size], Y[:size]), {}).log_density
+        mean = values["z"][:, None] * X[:size, 0]
+        expected = dist.Normal(mean, 1.0).log_prob(Y[:size]).sum(1) * 50 / size
+        expected = expected + dist.Normal(0.0, 1.0).log_prob(values["z"])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+# ------------------------------------------------------------------- shared parameters
+
+
+def test_shared_parameters_follow_the_mean_gradient_and_no_repulsion():
+    """One SGD step of a ``pyro.param`` and of module parameters against autograd by hand."""
+    model = Network()
+    inference = ParticleInference(
+        model,
+        pyro.optim.SGD({"lr": 0.01}),
+        PARTICLES,
+        kernel=RBF(Weights()),
+        repulsion_scale=100.0,
+        seed=0,
+    )
+    inference.setup(X, Y)
+    weight = inference.get_samples()["hidden.weight"]
+    out = {n: p.detach().clone().requires_grad_() for n, p in model.out.named_parameters()}
+    bias = model.hidden.bias.detach().clone().requires_grad_()
+    noise = torch.tensor(0.5).log().requires_grad_()
+    loss = 0.0
+    for w in weight:
+        mean = (torch.tanh(X @ w.T + bias) @ out["weight"].T + out["bias"]).squeeze(-1)
+        loss = loss - dist.Normal(mean, noise.exp()).log_prob(Y).sum() / PARTICLES
+    expected = torch.autograd.grad(loss, [out["weight"], out["bias"], bias, noise])
+    inference.step(X, Y)
+    moved = [model.out.weight, model.out.bias, model.hidden.bias, model.noise.log()]
+    before = [out["weight"], out["bias"], bias, noise]
+    for now, old, gradient in zip(moved, before, expected, strict=True):
+        wanted = old.detach() - 0.01 * gradient
+        torch.testing.assert_close(now.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_shared_parameters_are_the_only_thing_in_the_store():
+    inference = ParticleInference(
+        parameters, pyro.optim.Adam({"lr": 0.05}), PARTICLES, kernel=RBF(Weights()), seed=0
+    )
+    inference.run(200, X, Y, progress_bar=False)
+    assert list(pyro.get_param_store().keys()) == ["scale"]
+    # The scale goes to where the expected squared residual is.
+    z = inference.get_samples()["z"]
+    residual = ((Y[None] - z[:, None]) ** 2).mean().sqrt()
+    assert abs(pyro.param("scale").item() - residual.item()) < 0.05
+
+
+# ------------------------------------------------------------------- randomness and buffers
+
+
+class Noisy(PyroModule):
+    def __init__(self, *layers):
+        super().__init__()
+        self.net = bayesianize(nn.Sequential(nn.Linear(2, 8), *layers, nn.Linear(8, 1)))
+
+    def forward(self, x, y):
+        mean = pyro.deterministic("mean", self.net(x).squeeze(-1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_dropout_differs_between_particles_and_follows_the_seed(vectorize):
+    log_joint = LogJoint(Noisy(nn.Dropout(0.5)), vectorize)
+    values = random_values(log_joint, (X, Y), {})
+    equal = {n: v[:1].expand(PARTICLES, *v.shape[1:]) for n, v in values.items()}
+    torch.manual_seed(0)
+    first = log_joint.evaluate(equal, (X, Y), {}).log_density
+    second = log_joint.evaluate(equal, (X, Y), {}).log_density
+    torch.manual_seed(0)
+    again = log_joint.evaluate(equal, (X, Y), {}).log_density
+    assert len(set(first.tolist())) == PARTICLES
+    assert (first != second).all()
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_batch_norm_statistics_are_those_of_networks_trained_alone(vectorize):
+    """Per-particle buffers, updated once per step; the module's own stay as they were."""
+
+    def make():
+        return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = bayesianize(make(), prior=1.0)
+
+        def forward(self, x, y):
+            mean = self.net(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    model = Model()
+    inference = ParticleInference(
+        model,
+        pyro.optim.SGD({"lr": 0.01}),
+        PARTICLES,
+        transport=Ensemble(),
+        vectorize=vectorize,
+        seed=0,
+    )
+    inference.setup(X, Y)
+    nets = []
+    for i in range(PARTICLES):
+        net = make()
+        weights = {n.removeprefix("net."): v[i] for n, v in inference.get_samples().items()}
+        net.load_state_dict(weights, strict=False)
+        nets.append(net)
+    inference.run(3, X, Y, progress_bar=False)
+    for i, net in enumerate(nets):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = -dist.Normal(net(X).squeeze(-1), 1.0).log_prob(Y).sum()
+            loss = loss - sum(dist.Normal(0.0, 1.0).log_prob(p).sum() for p in net.parameters())
+            loss.backward()
+            optimizer.step()
+        samples = {n.removeprefix("net."): v[i] for n, v in inference.get_samples().items()}
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(samples[name], parameter.detach(), rtol=1e-9, atol=1e-11)
+        for name, buffer in net.named_buffers():
+            own = inference._buffers[f"net.{name}"][i]
+            torch.testing.assert_close(own, buffer, rtol=1e-9, atol=1e-11)
+    assert model.net[1].num_batches_tracked == 0
+    assert (model.net[1].running_mean == 0).all()
+    before = {n: b.clone() for n, b in inference._buffers.items()}
+    inference.evaluate_loss(X, Y)
+    assert all((inference._buffers[n] == b).all() for n, b in before.items())
+
+
+def test_prototype_draws_nothing_and_changes_no_buffer():
+    model = Noisy(nn.BatchNorm1d(8), nn.Dropout(0.5))
+    state = torch.get_rng_state()
+    prototype = LogJoint(model).prototype((X, Y), {})
+    assert (torch.get_rng_state() == state).all()
+    assert set(prototype.mutated) == {
+        "net.1.running_mean",
+        "net.1.running_var",
+        "net.1.num_batches_tracked",
+    }
+    assert (model.net[1].running_mean == 0).all()
+    assert model.net[1].num_batches_tracked == 0
+
+
+# ------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_validation_switch_is_left_as_it_was(setting):
+    before = is_validation_enabled()
+    pyro.enable_validation(setting)
+    try:
+        log_joint = LogJoint(smaller_batch)
+        values = random_values(log_joint, (X, Y), {})
+        log_joint.evaluate(values, (X, Y), {})
+        assert is_validation_enabled() is setting
+        assert torch.distributions.Distribution._validate_args is setting
+        with pytest.raises(ValueError, match="broadcastable"):
+            log_joint.evaluate(values, (X, Y[:3]), {})
+        with pytest.raises(ZeroDivisionError):
+            log_joint.evaluate(values, (X, Y), {}, capture=lambda call: 1 / 0)
+        assert is_validation_enabled() is setting
+        assert torch.distributions.Distribution._validate_args is setting
+    finally:
+        pyro.enable_validation(before)
+
+
+def test_pyros_own_shape_errors_reach_the_user():
+    def missing_event(x, y):
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))
+
+    def wrong_plate(x, y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"to_event"):
+        LogJoint(missing_event).prototype((X, Y), {})
+    with pytest.raises(ValueError, match=r"y"):
+        LogJoint(wrong_plate).prototype((X, Y), {})
+
+
+# ------------------------------------------------------------------- shapes at random
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4),
+    particles=st.integers(1, 5),
+    vectorize=st.sampled_from(["vmap", "loop"]),
+)
+def test_any_site_shapes(shapes, particles, vectorize):
+    def model():
+        for i, shape in enumerate(shapes):
+            pyro.sample(f"z{i}", dist.LogNormal(torch.zeros(shape), 1.0).to_event(len(shape)))
+
+    log_joint = LogJoint(model, vectorize)
+    values = random_values(log_joint, (), {}, particles)
+    found = log_joint.evaluate(values, (), {})
+    assert found.log_joint.shape == (particles,)
+    # LogNormal with the log determinant of exp is a Normal.
+    expected = sum(
+        dist.Normal(0.0, 1.0).log_prob(value).reshape(particles, -1).sum(1)
+        for value in values.values()
+    )
+    torch.testing.assert_close(found.log_joint, expected, rtol=1e-9, atol=1e-10)
+    constrained = log_joint.constrain(values, log_joint.prototype((), {}).latents)
+    for name, value in values.items():
+        torch.testing.assert_close(constrained[name], value.exp())
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=5),
+    particles=st.integers(1, 6),
+)
+def test_ravel_and_unravel_are_inverse(shapes, particles):
+    values = {f"z{i}": torch.randn(particles, *shape) for i, shape in enumerate(shapes)}
+    flat = ravel(values)
+    assert flat.shape == (particles, sum(v[0].numel() for v in values.values()))
+    for name, value in unravel(flat, values).items():
+        assert (value == values[name]).all()
