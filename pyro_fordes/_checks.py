@@ -108,6 +108,21 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def check_part(name: str, value: object, method: str, examples: str) -> None:
+    """Raise an `ArgumentError` unless ``value`` is an instance that has a method.
+
+    Args:
+        name: the argument's name.
+        value: what the user gave.
+        method: a method that every part of this kind has.
+        examples: what could be given, for the message.
+    """
+    if isinstance(value, type) and hasattr(value, method):
+        raise ArgumentError(f"{name} got the class {value.__name__}; write {value.__name__}(...)")
+    if not hasattr(value, method):
+        raise ArgumentError(f"{name} must be {examples}, got {value!r}")
+
+
 def describe(tensor: Tensor) -> str:
     """Shape, dtype and device of a tensor in a few words, for messages.
 

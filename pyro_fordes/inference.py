@@ -23,6 +23,7 @@ from pyro_fordes._checks import (
     StateError,
     check_choice,
     check_number,
+    check_part,
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
@@ -117,15 +118,9 @@ class ParticleInference:
         self.optim = optim
         self._stepper = stepper(optim)
         self.num_particles = check_positive_int("num_particles", num_particles)
-        if not hasattr(kernel, "evaluate") or not hasattr(kernel, "space"):
-            raise ArgumentError(
-                f"kernel must be a base kernel such as RBF(Weights()), got {kernel!r}"
-            )
+        check_part("kernel", kernel, "evaluate", "a base kernel such as RBF(Weights())")
         self.kernel = kernel
-        if not hasattr(transport, "repel"):
-            raise ArgumentError(
-                f"transport must be an update rule such as WGD() or Ensemble(), got {transport!r}"
-            )
+        check_part("transport", transport, "repel", "an update rule such as WGD() or Ensemble()")
         self.transport = transport
         if not callable(init_loc_fn) and not hasattr(init_loc_fn, "for_particle"):
             raise ArgumentError(
@@ -173,13 +168,15 @@ class ParticleInference:
         """
         if self._particles:
             return
-        # Two passes: the space says which submodules' outputs it wants to see.
+        self._log_joint.check_call(args, kwargs)
+        if self.transport.repulsive:
+            self.transport.check(self._space)
+            self._space.check(lambda key: self._log_joint.locate(key, args, kwargs))
         prototype = self._log_joint.prototype(args, kwargs)
         setting = self._log_joint.setting(args, kwargs, prototype)
         latents = prototype.latents
         space = self._space
         if self.transport.repulsive:
-            self.transport.check(space)
             space = space.prepare(setting)
         particles = self._initial_particles(args, kwargs, prototype)
         buffers = {

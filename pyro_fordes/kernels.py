@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_choice, check_number
+from pyro_fordes._checks import ArgumentError, check_choice, check_number, check_part
 from pyro_fordes.particles import Schedule, at_step
 
 
@@ -346,12 +346,10 @@ def evaluate_radial(
 
 def _check_parts(name: str, space: Any, bandwidth: Any) -> None:
     """Check the arguments that all kernels have."""
-    if not hasattr(space, "represent"):
-        raise ArgumentError(
-            f"{name}(space=...) must be a space such as Weights() or InputGradients(), got "
-            f"{space!r}"
-        )
-    if not callable(bandwidth):
+    check_part(
+        f"{name}(space=...)", space, "represent", "a space such as Weights() or InputGradients()"
+    )
+    if isinstance(bandwidth, type) or not callable(bandwidth):
         raise ArgumentError(
             f"{name}(bandwidth=...) must be a rule such as Median() or Fixed(0.5), got "
             f"{bandwidth!r}"

@@ -131,6 +131,11 @@ def tuned_lengthscale(
 
 def _batches(data: Tensor | Iterable) -> Iterable[Tensor]:
     """The batches of inputs, flattened to ``(point, feature)`` in double precision."""
+    if not isinstance(data, Iterable):
+        raise ArgumentError(
+            f"the data of a lengthscale must be a tensor (point, feature, ...) or an iterable of "
+            f"such batches, got {type(data).__name__}"
+        )
     for batch in [data] if isinstance(data, Tensor) else data:
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(inputs, Tensor) or inputs.dim() < 2:

@@ -151,6 +151,18 @@ class LogJoint:
             f"the model has no argument {key!r} in this call; it got {', '.join(given) or 'none'}"
         )
 
+    def check_call(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Raise an `ArgumentError` if the model cannot be called with these arguments."""
+        if self._signature is None:
+            return
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(
+                f"the model takes {self._signature}, but was called with {len(args)} positional "
+                f"arguments and the keywords {list(kwargs)}: {error}"
+            ) from error
+
     # ---------------------------------------------------------------- prototype
 
     def prototype(self, args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
@@ -163,6 +175,7 @@ class LogJoint:
         """
         key = _shapes((args, dict(kwargs)))
         if key not in self._prototypes:
+            self.check_call(args, kwargs)
             if len(self._prototypes) >= 64:
                 self._prototypes.pop(next(iter(self._prototypes)))
             self._prototypes[key] = run_prototype(self.model, args, kwargs)

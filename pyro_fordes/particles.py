@@ -46,7 +46,13 @@ def at_step(
     """
     if not callable(schedule):
         return check_number(name, schedule, minimum=minimum, exclusive=exclusive)
-    value = schedule(step)
+    try:
+        value = schedule(step)
+    except Exception as error:
+        raise ArgumentError(
+            f"{name} must be a number or a function of the step; calling it with {step} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return check_number(f"{name}({step})", value, minimum=minimum, exclusive=exclusive)
 

@@ -103,6 +103,7 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
             InitMessenger(init_to_sample)(model)(*args, **kwargs)
     except Exception:
         check_data(args, kwargs, _latent_values(tracer.trace))
+        _check_finite_data(args, kwargs)
         raise
     trace = tracer.trace
     _check_sites(trace)
@@ -118,6 +119,16 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
         if site["type"] == "sample" and not site_is_subsample(site):
             check_site_shape(site, math.inf)
     return trace
+
+
+def _check_finite_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Name the first argument with a value that is not finite."""
+    for name, tensor in _named_arguments(args, kwargs):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NumericalError(
+                f"{name} has values that are not finite, and the model failed on it; remove or "
+                f"replace them"
+            )
 
 
 def _latent_values(trace: Any) -> dict[str, Tensor]:
@@ -186,9 +197,7 @@ def check_data(args: tuple, kwargs: Mapping[str, Any], latents: Mapping[str, Ten
         return
     reference_name, reference = next(iter(latents.items()))
     named = [(f"latent site '{name}'", value) for name, value in latents.items()]
-    for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
-        if isinstance(leaf, Tensor):
-            named.append((f"model argument {_argument_name(path)}", leaf))
+    named += _named_arguments(args, kwargs)
     for name, tensor in named:
         if tensor.device != reference.device or (
             tensor.is_floating_point() and tensor.dtype != reference.dtype
@@ -197,6 +206,15 @@ def check_data(args: tuple, kwargs: Mapping[str, Any], latents: Mapping[str, Ten
                 f"{name} is {describe(tensor)}, but latent site '{reference_name}' is "
                 f"{describe(reference)}; bring both to one device and dtype with .to(...)"
             )
+
+
+def _named_arguments(args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors among the arguments, with names for messages."""
+    return [
+        (f"model argument {_argument_name(path)}", leaf)
+        for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _argument_name(path: tuple) -> str:

@@ -48,6 +48,14 @@ class Space(Protocol):
         """Whether the representation is the particle's own values."""
         ...
 
+    def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
+        """Raise an `ArgumentError` if the model's arguments do not fit, before the model runs.
+
+        Args:
+            locate: finds a model argument by name or position; returns its name and value.
+        """
+        ...
+
     def prepare(self, setting: Setting) -> "Space":
         """The space made ready for a model, or an error that says why it does not fit."""
         ...
@@ -93,6 +101,9 @@ class Weights:
                 f"Weights(sites=...) must be a list of site names, got the string {self.sites!r}; "
                 f"write [{self.sites!r}]"
             )
+
+    def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
+        """Any arguments will do."""
 
     def prepare(self, setting: Setting) -> "Weights":
         """Check the sites' names."""
@@ -210,9 +221,9 @@ class InputGradients:
             return (self.output,)
         return tuple(self.output)
 
-    def prepare(self, setting: Setting) -> "InputGradients":
-        """Check input and outputs against the model; fix what was left open."""
-        name, value = setting.locate(self.input)
+    def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
+        """The input must be a floating-point tensor with the features of the lengthscale."""
+        name, value = locate(self.input)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
             got = describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(
@@ -227,12 +238,17 @@ class InputGradients:
                 f"input gradients are all +1 or -1 and cannot tell particles apart; use "
                 f"InputGradients(..., normalize=False)"
             )
-        metric = self.lengthscale or identity_lengthscale()
-        if metric.num_features not in (None, num_features):
+        fitted = None if self.lengthscale is None else self.lengthscale.num_features
+        if fitted not in (None, num_features):
             raise ArgumentError(
-                f"InputGradients(lengthscale=...) was fitted to {metric.num_features} features, "
-                f"but the model argument '{name}' has {num_features} per point"
+                f"InputGradients(lengthscale=...) was fitted to {fitted} features, but the model "
+                f"argument '{name}' has {num_features} per point"
             )
+
+    def prepare(self, setting: Setting) -> "InputGradients":
+        """Check the outputs against the model; fix what was left open."""
+        name, value = setting.locate(self.input)
+        metric = self.lengthscale or identity_lengthscale()
         outputs = self.outputs or (_only_observed_site(setting.trace),)
         nodes = setting.trace.nodes
         paths = []
@@ -332,7 +348,13 @@ def _read_output(output: Output, call: Call) -> Float[Tensor, "point output"]:
     """One output of one particle, the class axis removed by the observed label."""
     nodes = call.trace.nodes
     if callable(output):
-        value = output(call.trace)
+        try:
+            value = output(call.trace)
+        except Exception as error:
+            raise ModelError(
+                f"the function given as InputGradients(output=...) raised "
+                f"{type(error).__name__}: {error}; it is called with the Pyro trace of one particle"
+            ) from error
     elif output in nodes and nodes[output]["type"] == "sample":
         site = nodes[output]
         if site["is_observed"] and output in observed_sites(call.trace):
