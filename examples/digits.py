@@ -1,6 +1,15 @@
 """Handwritten digits: do particles that look at different features make a better ensemble?
 
-What to expect: filled in below.
+Trains ensembles of ten small Bayesian networks on 1,200 of scikit-learn's digits, all with the same
+budget: a deep ensemble, a repulsive one in weight space, FoRDE with two metrics at the repulsion
+of the paper and at twenty times that, and the deep ensemble and FoRDE once more with noise on the
+training inputs, which is the fairer pair. Evaluates on the other 597, clean and under five
+corruptions at five severities. Prints a table; writes a netCDF file for ArviZ and a figure.
+
+What to expect: a minute on one core. With five seeds (``--seeds 5``), FoRDE-PCA x20 has a fifth to
+a quarter lower negative log likelihood than the deep ensemble, clean and corrupted; at the
+published strength it is a tenth. Noise on the inputs alone gives more on clean digits; on top of
+it, repulsion still gains a sixth under corruption and nothing on clean ones.
 """
 
 import argparse
@@ -288,7 +297,7 @@ def draw(
     path: Path,
 ) -> None:
     """Left: NLL by severity. Right: what five particles look at, without and with repulsion."""
-    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+    figure = plt.figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     axes = left.subplots()
     severities = sorted({severity for _, severity in results[ENSEMBLE][0]})

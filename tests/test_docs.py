@@ -16,6 +16,10 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     namespace = {"__name__": "docs"}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(block, page.name, "exec"), namespace)
+    if page.name == "README.md":
+        assert namespace["losses"][-1] < namespace["losses"][0] / 2
+        assert namespace["samples"]["net.0.weight"].shape == (5, 32, 64)
+        assert namespace["idata"]["log_likelihood"]["y"].shape == (1, 5, 1797)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
