@@ -75,6 +75,7 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
     """
     if not isinstance(net, nn.Module):
         raise ArgumentError(f"bayesianize(net) needs an nn.Module, got {type(net).__name__}")
+    _check_net(net)
     module = copy.deepcopy(net)
     to_pyro_module_(module)
     owners = dict(module.named_modules())
@@ -83,7 +84,7 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
         path, _, attribute = name.rpartition(".")
         value: Any = prior
         if _is_rule(prior):
-            value = prior(name, parameter.detach())  # type: ignore[operator]
+            value = _call_rule(prior, name, parameter)
         if value is None:
             continue
         built = _check_prior(name, value, parameter)
@@ -99,6 +100,47 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
             + (" for which prior(name, value) is not None" if _is_rule(prior) else "")
         )
     return module
+
+
+def _check_net(net: nn.Module) -> None:
+    """Refuse networks whose parameters cannot be replaced one by one, naming the place."""
+    names: dict[int, str] = {}
+    for path, module in net.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own}" if path else own
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ArgumentError(
+                    f"parameter '{name}' has no shape yet; run the network once on an example "
+                    f"before bayesianize(net)"
+                )
+            if id(parameter) in names:
+                raise ArgumentError(
+                    f"parameters '{names[id(parameter)]}' and '{name}' of {type(net).__name__} "
+                    f"are tied, and bayesianize would give each a value of its own; untie them, "
+                    f"or sample the shared weight in the model"
+                )
+            names[id(parameter)] = name
+        if isinstance(module, nn.RNNBase):
+            raise ArgumentError(
+                f"module '{path}' is a {type(module).__name__}, whose weights torch reads from a "
+                f"packed list that cannot be replaced by samples; write the recurrence out, with "
+                f"{type(module).__name__}Cell for instance"
+            )
+
+
+def _call_rule(prior: Any, name: str, parameter: Tensor) -> Any:
+    """What a rule gives for a parameter, or an error that names the parameter."""
+    if isinstance(prior, type):
+        raise ArgumentError(
+            f"prior must be a standard deviation, a distribution or a function of name and value; "
+            f"got the class {prior.__name__}; write {prior.__name__}(...)"
+        )
+    try:
+        return prior(name, parameter.detach())
+    except Exception as error:
+        raise ArgumentError(
+            f"prior(name, value) raised {type(error).__name__} for parameter '{name}': {error}"
+        ) from error
 
 
 def _is_rule(prior: Any) -> bool:

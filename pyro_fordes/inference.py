@@ -110,9 +110,11 @@ class ParticleInference:
         diagnostics_every: int = 10,
         gather: Gather = OneProcess(),
     ) -> None:
-        if not callable(model):
+        if isinstance(model, type) or not callable(model):
+            got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
             raise ArgumentError(
-                f"model must be a Pyro model (a function or PyroModule), got {type(model).__name__}"
+                f"model must be a Pyro model (a function, or an instance of a PyroModule), got "
+                f"{got}"
             )
         self.model = model
         self.optim = optim

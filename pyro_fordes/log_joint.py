@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ArgumentError, ModelError, NumericalError
+from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
 from pyro_fordes.particles import (
     Call,
     Evaluation,
@@ -101,6 +101,14 @@ class LogJoint:
         self._signature = _signature(model)
         self._wrapped = _Wrapped(model) if isinstance(model, nn.Module) else None
         self._prototypes: dict[Any, Prototype] = {}
+        # Pyro makes every parameter that it meets require a gradient.
+        self._frozen = {
+            name
+            for name, parameter in (
+                model.named_parameters() if isinstance(model, nn.Module) else ()
+            )
+            if not parameter.requires_grad
+        }
 
     # ---------------------------------------------------------------- arguments
 
@@ -206,10 +214,22 @@ class LogJoint:
 
         Raises:
             ModelError: if a site's support depends on the values of others.
+            ArgumentError: if ``init`` gives something that is no value of a site.
         """
+
+        def checked(site: Any) -> Tensor:
+            value, wanted = init(site), site["fn"].shape()
+            if not isinstance(value, Tensor) or value.shape != wanted:
+                got = describe(value) if isinstance(value, Tensor) else repr(value)
+                raise ArgumentError(
+                    f"init_loc_fn gave {got} for site '{site['name']}'; wanted a tensor of shape "
+                    f"{tuple(wanted)}"
+                )
+            return value
+
         buffers = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with torch.no_grad(), pyro.validation_enabled(False):
-            run = poutine.trace(InitMessenger(init)(self.model)).get_trace
+            run = poutine.trace(InitMessenger(checked)(self.model)).get_trace
             trace = self._with_buffers(buffers, lambda: run(*args, **kwargs))
         values = {}
         for name, latent in latents.items():
@@ -219,9 +239,10 @@ class LogJoint:
                     f"latent site '{name}' was missing when the model was run again; the set of "
                     f"sites must not change from run to run"
                 )
-            zero = torch.zeros(latent.shape).to(site["value"])
+            # Not zero, which symmetric supports map to the same value.
+            point = torch.full(latent.shape, 0.5, dtype=latent.dtype, device=latent.device)
             here = biject_to(site["fn"].support)
-            if not torch.equal(here(zero), latent.transform(zero)):
+            if not torch.equal(here(point), latent.transform(point)):
                 raise ModelError(
                     f"the support of site '{name}' changes with the values of other sites; sample "
                     f"it on a fixed support and transform it with pyro.deterministic"
@@ -294,7 +315,7 @@ class LogJoint:
                 )
             log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
-                if site["type"] == "param":
+                if site["type"] == "param" and name not in self._frozen:
                     shared[name] = site["value"].unconstrained()
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_tensor(log_density)
@@ -314,6 +335,8 @@ class LogJoint:
         except (ModelError, ArgumentError):
             raise
         except ValueError as error:
+            if "to be within the support" not in str(error) and "constraint" not in str(error):
+                raise ModelError(f"the model failed when run with particles: {error}") from error
             raise NumericalError(
                 f"a particle's value is outside the support of its distribution: "
                 f"{str(error).splitlines()[0]}; a NaN here is most often a learning rate that is "

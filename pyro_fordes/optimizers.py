@@ -1,5 +1,6 @@
 """One way to call Pyro's optimisers and torch's: a step on named tensors that have gradients."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -91,6 +92,13 @@ class TorchStepper:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(
                 f"optim(params) must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ArgumentError(
+                f"{type(optimizer).__name__} wants a closure that evaluates the loss again, but "
+                f"particles follow a velocity that is no gradient of one loss; use a first-order "
+                f"optimiser such as torch.optim.Adam or SGD"
             )
         return optimizer
 

@@ -141,12 +141,16 @@ class Latent:
         transform: bijection from unconstrained to constrained values (``biject_to`` of the
             support).
         shape: shape of one particle's unconstrained value.
+        dtype: its floating-point type.
+        device: where it lies.
         dims: names of the plates the site is in, by negative batch dimension.
     """
 
     name: str
     transform: Any
     shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
     dims: Mapping[int, str] = field(default_factory=dict)
 
 

@@ -176,9 +176,9 @@ def _latents(trace: Any) -> dict[str, Latent]:
                 f"latent site '{name}' has support {site['fn'].support}, which torch cannot map "
                 f"to the real line; use a distribution with another support"
             ) from None
-        shape = transform.inv(site["value"]).shape
+        value = transform.inv(site["value"])
         dims = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        latents[name] = Latent(name, transform, shape, dims)
+        latents[name] = Latent(name, transform, value.shape, value.dtype, value.device, dims)
     return latents
 
 

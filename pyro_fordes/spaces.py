@@ -205,6 +205,13 @@ class InputGradients:
                 f"InputGradients(input=...) must be the name or position of a model argument, got "
                 f"{self.input!r}"
             )
+        sequence = isinstance(self.output, tuple | list)
+        for output in self.output if sequence else (self.output,):  # type: ignore[union-attr]
+            if output is not None and not isinstance(output, str) and not callable(output):
+                raise ArgumentError(
+                    f"InputGradients(output=...) must be a site's name, a submodule's path, a "
+                    f"function of the trace, or a list of these, got {output!r}"
+                )
         if self.lengthscale is not None and not isinstance(self.lengthscale, Lengthscale):
             raise ArgumentError(
                 "InputGradients(lengthscale=...) must come from identity_lengthscale(), "

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.nn import PyroModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -124,6 +124,30 @@ def moving_support(y):
     location(y)
 
 
+def moving_about_zero(y):
+    """The unconstrained zero maps to zero whatever the scale is."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    pyro.sample("within", dist.Uniform(-scale, scale))
+    location(y)
+
+
+def penalised(y):
+    """Finite for positive particles only."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("penalty", z.sqrt())
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def values_in_turn(*values):
+    """Initial values of a model with one latent number, particle by particle."""
+    left = iter(values)
+    return lambda site: torch.tensor(next(left))
+
+
+MINUS_ONE = torch.tensor(-1.0)
+
+
 class Growing:
     """The size of a plate is not a function of the arguments' shapes."""
 
@@ -155,6 +179,12 @@ def two_outcomes(x, y=None):
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
         pyro.sample("other", dist.Normal(x @ w, 2.0), obs=y)
+
+
+def casting(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x.float() @ w, 1.0), obs=y)
 
 
 class Reallocating(PyroModule):
@@ -191,7 +221,7 @@ MODELS = {
     "latent on another device": (
         lambda: start(on_meta, Y),
         ModelError,
-        r"meta.*latent site '(z|elsewhere)' is.*on (cpu|meta).*\.to\(",
+        r"latent site 'z' is .*on cpu, but latent site 'elsewhere' is .*on meta.*\.to\(",
     ),
     "latents of two dtypes": (
         lambda: start(two_dtypes, Y),
@@ -213,6 +243,11 @@ MODELS = {
         ModelError,
         "support of site 'above' changes",
     ),
+    "support about zero that depends on a latent": (
+        lambda: start(moving_about_zero, Y),
+        ModelError,
+        "support of site 'within' changes",
+    ),
     "plate that grows": (
         lambda: start(Growing(), Y),
         ModelError,
@@ -230,24 +265,39 @@ MODELS = {
     ),
     "NaN in the data": (
         lambda: start(location, with_nan(Y)),
-        FordesError,
-        r"particle 0 is nan.*site 'y'|'y'.*nan",
+        NumericalError,
+        "observations of site 'y' have values that are not finite.*mask",
     ),
     "infinity in the data": (
         lambda: start(location, with_nan(Y, math.inf)),
-        FordesError,
-        r"particle 0 is -?(inf|nan).*site 'y'|'y'.*inf",
+        NumericalError,
+        "observations of site 'y' have values that are not finite.*mask",
     ),
     "NaN in the inputs": (
         lambda: start(Regression(), with_nan(X), Y),
         FordesError,
-        r"particle 0 is nan.*site 'y'",
+        r"(argument (0|'x')|site 'y').*(nan|not finite)",
+    ),
+    "factor that is NaN": (
+        lambda: start(penalised, Y, init_loc_fn=values_in_turn(1.0, 2.0, -1.0)),
+        NumericalError,
+        r"at the start the log joint of particle 2 is nan \(not finite at site 'penalty'\)",
+    ),
+    "value outside a support": (
+        lambda: start(Regression(), X, Y, init_loc_fn=init_to_value(values={"sigma": MINUS_ONE})),
+        FordesError,
+        "'sigma'",
+    ),
+    "class instead of a model": (
+        lambda: start(Regression, X, Y),
+        FordesError,
+        "model must be .*an instance.*got the class Regression",
     ),
 }
 
 STARTS = {
-    "init_to_median": (
-        lambda: start(location, Y, init_loc_fn=_median),
+    "init_to_mean": (
+        lambda: start(location, Y, init_loc_fn=init_to_mean),
         ModelError,
         "all particles start at the same values.*init_to_sample",
     ),
@@ -255,6 +305,16 @@ STARTS = {
         lambda: start(location, Y, init_loc_fn=init_to_value(values={"z": torch.tensor(0.5)})),
         ModelError,
         "all particles start at the same values.*init_to_sample",
+    ),
+    "init_loc_fn of another shape": (
+        lambda: start(location, Y, init_loc_fn=lambda site: torch.randn(6)),
+        FordesError,
+        r"init_loc_fn gave a \(6,\) tensor.*for site 'z'; wanted a tensor of shape \(\)",
+    ),
+    "init_loc_fn that returns a string": (
+        lambda: start(location, Y, init_loc_fn=lambda site: "zero"),
+        FordesError,
+        r"init_loc_fn gave 'zero' for site 'z'; wanted a tensor of shape \(\)",
     ),
     "init_loc_fn of the wrong type": (
         lambda: make(init_loc_fn=3),
@@ -298,11 +358,6 @@ STARTS = {
 }
 
 
-def _zero(site):
-    """A median that is the same for every particle."""
-    return torch.zeros_like(site["fn"].sample())
-
-
 SPACES = {
     "unknown input name": (
         lambda: gradients("z"),
@@ -321,9 +376,14 @@ SPACES = {
         r"input=\.\.\.\) must be the name or position.*got 1\.5",
     ),
     "integer input": (
-        lambda: gradients("x", data=(torch.ones(6, 3, dtype=torch.long), Y), model=two_outcomes),
-        FordesError,
-        "'x'.*int64.*floating",
+        lambda: gradients("x", data=(torch.ones(6, 3, dtype=torch.long), Y), model=casting),
+        ArgumentError,
+        "'x', which is .*int64.*floating-point.*Cast it",
+    ),
+    "output of the wrong type": (
+        lambda: InputGradients("x", output=3),
+        ArgumentError,
+        r"InputGradients\(output=\.\.\.\).*got 3",
     ),
     "scalar input": (
         lambda: gradients("x", model=lambda x, y: location(y), data=(torch.tensor(1.0), Y)),
@@ -364,11 +424,6 @@ SPACES = {
         lambda: gradients("x", output=lambda trace: trace.nodes["mean"]["value"].sum()),
         ModelError,
         r"gave a \(\) tensor.*wanted a tensor \(point",
-    ),
-    "function that raises": (
-        lambda: gradients("x", output=lambda trace: trace.nodes["no such site"]["value"]),
-        FordesError,
-        r"output.*no such site",
     ),
     "output with other rows": (
         lambda: gradients("x", output=lambda trace: trace.nodes["mean"]["value"][:4]),
@@ -466,7 +521,7 @@ PARTS = {
     "kernel class": (
         lambda: make(kernel=RBF),
         ArgumentError,
-        r"kernel must be a base kernel such as RBF\(Weights\(\)\), got .*RBF",
+        r"kernel got the class RBF; write RBF\(\.\.\.\)",
     ),
     "transport string": (
         lambda: make(transport="svgd"),
@@ -476,12 +531,17 @@ PARTS = {
     "transport class": (
         lambda: make(transport=WGD),
         ArgumentError,
-        r"transport must be an update rule such as WGD\(\).*got .*WGD",
+        r"transport got the class WGD; write WGD\(\.\.\.\)",
     ),
     "space class": (
         lambda: RBF(Weights),
         ArgumentError,
-        r"RBF\(space=\.\.\.\) must be a space such as Weights\(\).*got .*Weights",
+        r"RBF\(space=\.\.\.\) got the class Weights; write Weights\(\.\.\.\)",
+    ),
+    "bandwidth class": (
+        lambda: RBF(Weights(), Median),
+        ArgumentError,
+        r"RBF\(bandwidth=\.\.\.\).*(got .*Median|class Median)",
     ),
     "space string": (
         lambda: IMQ("weights"),
@@ -644,6 +704,11 @@ OPTIMISERS = {
         ArgumentError,
         r"set up for the sites \['z'\]: TypeError: .*learning_rate",
     ),
+    "optimiser that wants a closure": (
+        lambda: start(location, Y, optim=lambda params: torch.optim.LBFGS(params)),
+        ArgumentError,
+        "LBFGS.*closure",
+    ),
     "bad value of a PyroOptim": (
         lambda: start(location, Y, optim=pyro.optim.Adam({"lr": -0.1})),
         ArgumentError,
@@ -696,8 +761,13 @@ LOOPS = {
     ),
     "too many arguments in a batch": (
         lambda: make().fit([(Y, Y)], 1, progress_bar=False),
-        FordesError,
-        r"argument",
+        ArgumentError,
+        r"model takes \(y\), but was called with 2 positional arguments",
+    ),
+    "unknown keyword": (
+        lambda: make().step(Y, weights=Y),
+        ArgumentError,
+        r"model takes \(y\), but was called with 1 .*'weights'",
     ),
     "num_samples 0": (
         lambda: started().get_samples(0),
@@ -864,6 +934,21 @@ PRIORS = {
         ArgumentError,
         r"'weight' has batch shape \(5,\), which cannot be expanded to \(1, 2\)",
     ),
+    "distribution class": (
+        lambda: bayesianize(nn.Linear(2, 1), prior=dist.Normal),
+        ArgumentError,
+        r"prior must be .*got the class Normal; write Normal",
+    ),
+    "rule that raises": (
+        lambda: bayesianize(nn.Linear(2, 1), prior=lambda value: 1.0),
+        ArgumentError,
+        r"prior.*raised TypeError for parameter 'weight'",
+    ),
+    "lazy layer": (
+        lambda: bayesianize(nn.LazyLinear(1)),
+        ArgumentError,
+        r"'weight' has no shape yet; run the network once",
+    ),
     "discrete prior": (
         lambda: start(_with_prior(dist.Bernoulli(0.5)), X, Y),
         FordesError,
@@ -898,6 +983,38 @@ def test_error_names_the_culprit(name):
         call()
     assert isinstance(caught.value, error)
     assert re.search(pattern, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def test_exceptions_of_the_users_code_arrive():
+    """What a user's function says about itself is not hidden by a guess of ours."""
+    kernel = RBF(InputGradients("x", output=lambda trace: trace.nodes["no such site"]["value"]))
+    with pytest.raises(Exception, match="no such site"):
+        start(Regression(), X, Y, kernel=kernel)
+    with pytest.raises(LookupError, match="no batch today"):
+        make().fit(broken_loader(), 1, progress_bar=False)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, NotImplementedError])
+def test_exceptions_of_the_model_are_not_called_numerical(kind):
+    """What the model raises of its own accord says nothing about supports or learning rates."""
+    calls = []
+
+    def model(y):
+        calls.append(1)
+        if len(calls) > 4:  # after the prototype and three initial particles
+            raise kind("two and two are five")
+        location(y)
+
+    with pytest.raises((kind, FordesError), match="two and two are five") as caught:
+        start(model, Y)
+    assert not isinstance(caught.value, NumericalError)
+    assert "learning rate" not in str(caught.value)
+    assert "vectorised" not in str(caught.value)
+
+
+def broken_loader():
+    yield (Y,)
+    raise LookupError("no batch today")
 
 
 def test_errors_are_also_the_built_in_kind():

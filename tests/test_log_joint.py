@@ -1,17 +1,30 @@
 """The log joint of stacked particles against a plain loop with Pyro's own handlers."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.nn.module import to_pyro_module_
+from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-from pyro_fordes import RBF, Ensemble, LogJoint, ParticleInference, Weights, bayesianize
+from pyro_fordes import (
+    RBF,
+    Ensemble,
+    InputGradients,
+    LogJoint,
+    ModelError,
+    ParticleInference,
+    Weights,
+    bayesianize,
+)
 from pyro_fordes.particles import ravel, unravel
 from tests import naive
 
@@ -437,3 +450,432 @@ def test_ravel_and_unravel_are_inverse(shapes, particles):
     assert flat.shape == (particles, sum(v[0].numel() for v in values.values()))
     for name, value in unravel(flat, values).items():
         assert (value == values[name]).all()
+
+
+# ------------------------------------------------------------------- more models
+
+ENGINES = ["vmap", "loop"]
+engines = pytest.mark.parametrize("vectorize", ENGINES)
+kernels = pytest.mark.parametrize(
+    "kernel", [RBF(Weights()), RBF(InputGradients("x"))], ids=["weights", "gradients"]
+)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=1e-3)
+
+
+def check(model, args, kwargs=None, vectorize="vmap"):
+    """Compare value and gradient with Pyro's handlers, one particle after the other."""
+    kwargs = kwargs or {}
+    log_joint = LogJoint(model, vectorize)
+    values = random_values(log_joint, args, kwargs)
+    found = log_joint.evaluate(values, args, kwargs)
+    transforms = {n: v.transform for n, v in log_joint.prototype(args, kwargs).latents.items()}
+    rows = {name: drawn.indices for name, drawn in found.subsamples.items()}
+    wanted = []
+    for i in range(PARTICLES):
+        one = {name: value[i] for name, value in values.items()}
+        _, log_det, trace = naive.log_joint_of_one(model, one, transforms, args, kwargs, rows)
+        wanted.append(log_det + trace.log_prob_sum(lambda _, site: not site_is_subsample(site)))
+    wanted = torch.stack(wanted)
+    torch.testing.assert_close(found.log_joint, wanted, rtol=1e-10, atol=1e-12)
+    sites = list(values.values())
+    pairs = zip(
+        torch.autograd.grad(found.log_joint.sum(), sites),
+        torch.autograd.grad(wanted.sum(), sites),
+        strict=True,
+    )
+    for gradient, expected in pairs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    return found
+
+
+def hierarchy(y):
+    """A local latent in a full plate, and a scale that it depends on."""
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+
+def sequential(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("steps", 3):
+        pyro.sample(f"y{i}", dist.Normal(z * i, 1.0), obs=y[i])
+
+
+def two_minibatches(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    first = pyro.plate("first", 3, subsample_size=2, dim=-1)
+    second = pyro.plate("second", 2, subsample_size=1, dim=-2)
+    with first as i, second as j:
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y.reshape(2, 3)[j][:, i])
+
+
+def given_rows(y, rows):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 50, subsample=rows):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+
+
+def scales_and_masks(y):
+    with poutine.scale(scale=0.25):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        with poutine.scale(scale=3.0), pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    with poutine.mask(mask=False):
+        pyro.sample("ignored", dist.Normal(z, 1.0), obs=y[0])
+
+
+def partly_observed(y):
+    """Pyro makes a latent site of the entries that ``obs_mask`` leaves out."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=y > 0)
+
+
+def mixture(y):
+    share = pyro.sample("share", dist.Dirichlet(torch.ones(2)))
+    means = pyro.sample("means", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        fn = dist.MixtureSameFamily(dist.Categorical(share), dist.Normal(means, 1.0))
+        pyro.sample("y", fn, obs=y)
+
+
+def by_star(*args, **options):
+    by_keyword(*args, **options)
+
+
+def by_containers(batch, sizes):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", sizes[0]):
+        pyro.sample("y", dist.Normal(z * batch["x"][:, 0], 1.0), obs=batch["targets"][0])
+
+
+MORE = {
+    "hierarchy": (hierarchy, (Y,)),
+    "sequential plate": (sequential, (Y,)),
+    "two subsampled plates": (two_minibatches, (Y,)),
+    "rows from outside": (given_rows, (Y, torch.tensor([3, 0, 5]))),
+    "scales within scales": (scales_and_masks, (Y,)),
+    "partly observed": (partly_observed, (Y,)),
+    "mixture": (mixture, (Y,)),
+    "star": (by_star, (X, Y)),
+    "containers": (by_containers, ({"x": X, "targets": [Y]}, (6,))),
+    "reparametrised": (
+        poutine.reparam(hierarchy, config={"theta": LocScaleReparam(0.0)}),
+        (Y,),
+    ),
+    "scaled from outside": (poutine.scale(hierarchy, scale=0.5), (Y,)),
+    "conditioned from outside": (
+        poutine.condition(hierarchy, data={"tau": torch.tensor(0.7, dtype=torch.float64)}),
+        (Y,),
+    ),
+}
+
+
+@engines
+@pytest.mark.parametrize("name", MORE)
+def test_more_models_equal_a_loop(name, vectorize):
+    model, args = MORE[name]
+    kwargs = {"y": Y, "scale": 0.7} if name == "star" else {}
+    check(model, args[:1] if name == "star" else args, kwargs, vectorize)
+
+
+def test_minibatches_are_unbiased():
+    """Their mean over many draws is the log joint of the full data."""
+    log_joint = LogJoint(lambda x: subsampling(x, []))
+    values = {"z": torch.linspace(-1, 1, PARTICLES)}
+    x = torch.randn(30, 2)
+    draws = torch.stack([log_joint.evaluate(values, (x,), {}).log_joint for _ in range(300)])
+    exact = dist.Normal(values["z"][:, None], 1.0).log_prob(x[:, 0]).sum(1)
+    exact = exact + dist.Normal(0.0, 1.0).log_prob(values["z"])
+    error = draws.std(0) / 300**0.5
+    assert ((draws.mean(0) - exact).abs() < 4 * error).all()
+
+
+def test_unconstrained_shapes_and_constrained_values():
+    log_joint = LogJoint(supports)
+    latents = log_joint.prototype((X, Y), {}).latents
+    assert latents["weights"].shape == (3,)  # a simplex of four
+    assert latents["corr"].shape == (3,)  # a Cholesky factor of 3 x 3
+    values = random_values(log_joint, (X, Y), {})
+    constrained = log_joint.constrain(values, latents)
+    assert constrained["weights"].shape == (PARTICLES, 4)
+    assert constrained["corr"].shape == (PARTICLES, 3, 3)
+    for name, value in constrained.items():
+        for i in range(PARTICLES):
+            assert latents[name].transform.codomain.check(value[i]).all(), name
+
+
+# ------------------------------------------------------------------- engines
+
+
+class Normed(PyroModule):
+    """Batch norm after a layer with priors: each particle has statistics of its own."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        norm = nn.BatchNorm1d(4, momentum=momentum)
+        self.net = bayesianize(nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 1)))
+
+    def forward(self, x, y=None):
+        mean = self.net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def statistics(samples, batches, momentum=0.1):
+    """Statistics of plain networks with the particles' weights, over some batches."""
+    stacked = []
+    for i in range(PARTICLES):
+        norm = nn.BatchNorm1d(4, momentum=momentum)
+        for (x, _), weights in zip(batches, samples, strict=True):
+            norm(x @ weights["net.0.weight"][i].T + weights["net.0.bias"][i])
+        stacked.append(dict(norm.named_buffers()))
+    return {f"net.1.{n}": torch.stack([one[n] for one in stacked]) for n in stacked[0]}
+
+
+def start(model, *args, **options):
+    inference = ParticleInference(model, sgd, PARTICLES, seed=0, **options)
+    inference.setup(*args)
+    return inference
+
+
+@kernels
+@pytest.mark.parametrize("model", [Network, Normed])
+def test_engines_give_the_same_training(model, kernel):
+    """Losses, particles, shared parameters and statistics after some steps."""
+    results = []
+    for vectorize in ENGINES:
+        pyro.set_rng_seed(0)
+        pyro.clear_param_store()
+        net = model()
+        inference = start(net, X, Y, kernel=kernel, vectorize=vectorize)
+        losses = inference.run(4, X, Y, progress_bar=False)
+        parameters = {name: value.detach() for name, value in net.named_parameters()}
+        samples, buffers = inference.get_samples(), inference._buffers
+        results.append({"losses": losses, **samples, **buffers, **parameters})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_auto_takes_the_loop_for_convolutions_on_a_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    convolution = bayesianize(nn.Conv1d(1, 1, 1))
+    assert LogJoint(hierarchy).engine(cpu) == "vmap"
+    assert LogJoint(convolution).engine(cpu) == "loop"
+    assert LogJoint(convolution).engine(cuda) == "vmap"
+    assert LogJoint(convolution, "vmap").engine(cpu) == "vmap"
+
+
+def test_what_cannot_be_vectorised_says_so_and_runs_in_a_loop():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        mean = z if z > 0 else -z
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match="vectorize='loop'"):
+        LogJoint(model, "vmap").evaluate({"z": torch.ones(3)}, (Y,), {})
+    check(model, (Y,), vectorize="loop")
+
+
+# ------------------------------------------------------------------- buffers in every mode
+
+
+@kernels
+@engines
+def test_statistics_move_with_steps_only(kernel, vectorize):
+    """Once per step, whatever else is asked between steps and whatever the step measures."""
+    options = {"diagnostics_every": 2, "vectorize": vectorize}
+    inference = start(Normed(), X, Y, kernel=kernel, **options)
+    batches = [(X + i, Y) for i in range(4)]
+    samples = []
+    for batch in batches:
+        samples.append(inference.get_samples())
+        inference.evaluate_loss(*batch)
+        inference.log_likelihood(*batch)
+        inference.log_joint(*batch)
+        inference.step(*batch)
+    for name, wanted in statistics(samples, batches).items():
+        torch.testing.assert_close(inference._buffers[name], wanted, rtol=1e-10, atol=1e-12)
+    assert inference.model.net[1].num_batches_tracked == 0
+
+
+def test_cumulative_statistics():
+    """With ``momentum=None`` torch reads a counter as a Python number, which vmap cannot."""
+    options = {"kernel": RBF(Weights())}
+    inference = start(Normed(momentum=None), X, Y, vectorize="loop", **options)
+    samples = [inference.get_samples()]
+    inference.step(X, Y)
+    samples.append(inference.get_samples())
+    inference.step(X, Y)
+    for name, wanted in statistics(samples, [(X, Y)] * 2, momentum=None).items():
+        torch.testing.assert_close(inference._buffers[name], wanted, rtol=1e-10, atol=1e-12)
+    model = Normed(momentum=None)
+    with pytest.raises(ModelError, match="vectorize='loop'"):
+        start(model, X, Y, vectorize="vmap", **options)
+    assert model.net[1].num_batches_tracked == 0
+
+
+def test_eval_mode_needs_no_statistics_per_particle():
+    inference = start(Normed().eval(), X, Y, kernel=RBF(Weights()))
+    inference.run(2, X, Y, progress_bar=False)
+    assert not inference._buffers
+
+
+@engines
+def test_switch_between_eval_and_train(vectorize):
+    """The mode is that of each call; the statistics are the particles' in either."""
+    model = Normed().eval()
+    inference = start(model, X, Y, kernel=RBF(Weights()), vectorize=vectorize)
+    inference.step(X, Y)  # the prototype saw no statistics change
+    model.train()
+    samples = [inference.get_samples()]
+    inference.step(X, Y)
+    model.eval()
+    inference.step(X, Y)
+    assert model.net[1].num_batches_tracked == 0
+    assert torch.equal(model.net[1].running_mean, torch.zeros(4))
+    for name, wanted in statistics(samples, [(X, Y)]).items():
+        torch.testing.assert_close(inference._buffers[name], wanted, rtol=1e-10, atol=1e-12)
+
+
+@engines
+def test_statistics_that_happen_not_to_change_at_first(vectorize):
+    """A first batch of mean exactly 0 leaves running_mean as it is; later ones do not."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(self.norm(x * w).squeeze(-1), 1.0), obs=x[:, 0])
+
+    x = torch.tensor([[-1.0], [1.0]])
+    inference = start(Model(), x, kernel=RBF(Weights()), vectorize=vectorize)
+    w = inference.get_samples()["w"]
+    inference.step(x + 1)
+    assert torch.equal(inference.model.norm.running_mean, torch.zeros(1))
+    found = inference._buffers["norm.running_mean"].squeeze(-1)
+    torch.testing.assert_close(found, 0.1 * w, rtol=1e-12, atol=0)
+
+
+@engines
+def test_evaluate_without_buffers_leaves_the_modules_own(vectorize):
+    """Who calls the log joint directly gets the module's statistics, and does not change them."""
+    log_joint = LogJoint(Normed(), vectorize)
+    values = random_values(log_joint, (X, Y), {})
+    log_joint.evaluate(values, (X, Y), {})
+    assert log_joint.model.net[1].num_batches_tracked == 0
+
+
+# ------------------------------------------------------------------- parameters, side effects
+
+
+def test_frozen_parameters_stay():
+    """Pyro itself unfreezes them when a PyroModule reads them; particle inference must not."""
+    model = Network()
+    model.out.weight.requires_grad_(False)
+    before = model.out.weight.clone()
+    start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
+    assert torch.equal(model.out.weight, before)
+
+
+def test_parameters_of_a_second_instance_are_trained():
+    """Pyro's store knows one parameter of each name; both models must train their own."""
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        model = Network()
+        before = copy.deepcopy(model)
+        start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
+        for name in ("hidden.bias", "out.weight"):
+            assert not torch.equal(model.get_parameter(name), before.get_parameter(name)), seed
+
+
+@engines
+def test_parameters_that_are_local_to_their_module(vectorize):
+    """``module_local_params`` keeps them out of the store; they are trained all the same."""
+    moved = []
+    for local in (False, True):
+        with pyro.settings.context(module_local_params=local):
+            pyro.set_rng_seed(0)
+            pyro.clear_param_store()
+            model = Network()
+            inference = start(model, X, Y, kernel=RBF(Weights()), vectorize=vectorize)
+            inference.run(2, X, Y, progress_bar=False)
+            moved.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert not list(pyro.get_param_store().keys())
+    for name, value in moved[0].items():
+        torch.testing.assert_close(moved[1][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_the_shared_gradient_is_divided_by_num_data():
+    moved = []
+    for num_data in (None, 10):
+        pyro.clear_param_store()
+        inference = start(parameters, X, Y, transport=Ensemble(), num_data=num_data)
+        inference.step(X, Y)
+        moved.append(pyro.param("scale").detach().log() - torch.tensor(0.7).log())
+    torch.testing.assert_close(moved[0], 10 * moved[1], rtol=1e-9, atol=0)
+
+
+def test_the_prototype_runs_once_for_arguments_of_the_same_shapes():
+    runs = []
+
+    def model(y, flag=True):
+        runs.append(len(y))
+        hierarchy(y)
+
+    log_joint = LogJoint(model)
+    for y in (Y, 2 * Y, Y[:3], Y):
+        log_joint.prototype((y,), {})
+    assert runs == [6, 3]
+    log_joint.prototype((Y,), {"flag": False})
+    assert len(runs) == 3
+
+
+@engines
+def test_evaluation_leaves_values_arguments_and_the_store_alone(vectorize):
+    log_joint = LogJoint(hierarchy, vectorize)
+    values = random_values(log_joint, (Y,), {})
+    before, y = {name: value.clone() for name, value in values.items()}, Y.clone()
+    log_joint.evaluate(values, (y,), {}, input=0)
+    assert all(torch.equal(values[name], before[name]) for name in before)
+    assert torch.equal(y, Y)
+    assert not y.requires_grad
+    assert not list(pyro.get_param_store().keys())
+
+
+@engines
+def test_validation_is_left_as_found_when_the_model_raises(vectorize):
+    """In the prototype, in a particle's run, and through the driver."""
+
+    class Told(Exception):
+        pass
+
+    def model(y):
+        hierarchy(y)
+        if fail:
+            raise Told
+
+    fail = False
+    before = is_validation_enabled()
+    log_joint = LogJoint(model, vectorize)
+    values = random_values(log_joint, (Y,), {})
+    fail = True
+    with pytest.raises(Told):
+        log_joint.evaluate(values, (Y,), {})
+    assert is_validation_enabled() is before
+    with pytest.raises(Told):
+        LogJoint(model, vectorize).prototype((Y,), {})
+    assert is_validation_enabled() is before
+    with pytest.raises(Told):
+        start(model, Y, kernel=RBF(Weights()))
+    assert is_validation_enabled() is before
