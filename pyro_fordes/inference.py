@@ -39,7 +39,7 @@ from pyro_fordes.particles import (
     Schedule,
     at_step,
 )
-from pyro_fordes.prototype import Prototype, named_buffers
+from pyro_fordes.prototype import Prototype
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import InputGradients
 from pyro_fordes.transports import WGD, Transport
@@ -181,11 +181,7 @@ class ParticleInference:
         if self.transport.repulsive:
             space = space.prepare(setting)
         particles = self._initial_particles(args, kwargs, prototype)
-        buffers = {
-            name: buffer.detach().expand(self.num_particles, *buffer.shape).clone()
-            for name, buffer in named_buffers(self.model).items()
-            if name in prototype.mutated
-        }
+        buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
         self._latents = latents
         try:

@@ -296,7 +296,8 @@ class LogJoint:
             name, tensor = self.locate(input, args, kwargs)
             place = self._place(input, args, kwargs)
             inputs[name] = tensor.detach().expand(count, *tensor.shape).requires_grad_()
-        stacked = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
+        stacked = self.stack_buffers(prototype, count)
+        stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         shared: dict[str, Tensor] = {}
 
         def run(
@@ -316,7 +317,11 @@ class LogJoint:
             log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
                 if site["type"] == "param" and name not in self._frozen:
-                    shared[name] = site["value"].unconstrained()
+                    # Parameters that are local to their module carry no unconstrained value.
+                    value = site["value"]
+                    shared[name] = (
+                        value.unconstrained() if hasattr(value, "unconstrained") else value
+                    )
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_tensor(log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
@@ -348,6 +353,14 @@ class LogJoint:
         return Evaluation(
             values, log_density, log_det, captured, inputs, subsamples, stacked, shared
         )
+
+    def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
+        """The buffers that runs of the model change, one copy for each particle."""
+        own = named_buffers(self.model)
+        return {
+            name: own[name].detach().expand(count, *own[name].shape).clone()
+            for name in prototype.mutated
+        }
 
     def engine(self, device: torch.device) -> str:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""

@@ -30,7 +30,7 @@ class Prototype:
         trace: the run's trace, with log probabilities.
         plates: size, subsample size and device of each plate that draws a minibatch.
         latents: the continuous latent sites.
-        mutated: names of the module buffers that the run changed.
+        mutated: names of the module buffers that runs change: each particle has its own.
     """
 
     trace: Any
@@ -65,10 +65,11 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
             trace = _validated_trace(model, args, kwargs)
         now = named_buffers(model)
         # By value: batch_norm's kernel changes its statistics without counting a version.
+        statistics = _running_statistics(model)
         mutated = tuple(
             name
             for name, (buffer, before) in saved.items()
-            if now.get(name) is buffer and not torch.equal(buffer, before)
+            if now.get(name) is buffer and (name in statistics or not torch.equal(buffer, before))
         )
         replaced = [name for name, (buffer, *_) in saved.items() if now.get(name) is not buffer]
         if replaced:
@@ -89,6 +90,19 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
         and site["fn"].subsample_size not in (None, site["fn"].size)
     }
     return Prototype(trace, plates, _latents(trace), mutated)
+
+
+def _running_statistics(model: Callable[..., Any]) -> set[str]:
+    """Buffers of normalisation layers, which change in train mode though not in this run."""
+    if not isinstance(model, nn.Module):
+        return set()
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, _ in module.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var", "num_batches_tracked")
+    }
 
 
 def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:

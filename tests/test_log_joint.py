@@ -1,7 +1,5 @@
 """The log joint of stacked particles against a plain loop with Pyro's own handlers."""
 
-import copy
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -721,12 +719,6 @@ def test_cumulative_statistics():
     assert model.net[1].num_batches_tracked == 0
 
 
-def test_eval_mode_needs_no_statistics_per_particle():
-    inference = start(Normed().eval(), X, Y, kernel=RBF(Weights()))
-    inference.run(2, X, Y, progress_bar=False)
-    assert not inference._buffers
-
-
 @engines
 def test_switch_between_eval_and_train(vectorize):
     """The mode is that of each call; the statistics are the particles' in either."""
@@ -786,17 +778,6 @@ def test_frozen_parameters_stay():
     before = model.out.weight.clone()
     start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
     assert torch.equal(model.out.weight, before)
-
-
-def test_parameters_of_a_second_instance_are_trained():
-    """Pyro's store knows one parameter of each name; both models must train their own."""
-    for seed in range(2):
-        pyro.set_rng_seed(seed)
-        model = Network()
-        before = copy.deepcopy(model)
-        start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
-        for name in ("hidden.bias", "out.weight"):
-            assert not torch.equal(model.get_parameter(name), before.get_parameter(name)), seed
 
 
 @engines
