@@ -181,7 +181,8 @@ class LogJoint:
         Raises:
             ModelError: if the model has no latent site, or one that particles cannot represent.
         """
-        key = _shapes((args, dict(kwargs)))
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        key = _shapes((args, dict(kwargs))), tuple(module.training for module in modules)
         if key not in self._prototypes:
             self.check_call(args, kwargs)
             if len(self._prototypes) >= 64:
@@ -317,11 +318,7 @@ class LogJoint:
             log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
                 if site["type"] == "param" and name not in self._frozen:
-                    # Parameters that are local to their module carry no unconstrained value.
-                    value = site["value"]
-                    shared[name] = (
-                        value.unconstrained() if hasattr(value, "unconstrained") else value
-                    )
+                    shared[name] = self._parameter(name, site["value"])
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_tensor(log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
@@ -353,6 +350,18 @@ class LogJoint:
         return Evaluation(
             values, log_density, log_det, captured, inputs, subsamples, stacked, shared
         )
+
+    def _parameter(self, name: str, value: Any) -> Tensor:
+        """The unconstrained tensor behind a ``param`` site, which an optimiser can move.
+
+        A module's own parameter comes before the one of Pyro's store, which may be that of another
+        module with the same names.
+        """
+        if isinstance(self.model, nn.Module):
+            own = dict(self.model.named_parameters()).get(name.replace("$$$", "."))
+            if own is not None:
+                return own
+        return value.unconstrained() if hasattr(value, "unconstrained") else value
 
     def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
         """The buffers that runs of the model change, one copy for each particle."""

@@ -1,5 +1,7 @@
 """The log joint of stacked particles against a plain loop with Pyro's own handlers."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -778,6 +780,17 @@ def test_frozen_parameters_stay():
     before = model.out.weight.clone()
     start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
     assert torch.equal(model.out.weight, before)
+
+
+def test_parameters_of_a_second_instance_are_trained():
+    """Pyro's store knows one parameter of each name; both models must train their own."""
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        model = Network()
+        before = copy.deepcopy(model)
+        start(model, X, Y, kernel=RBF(Weights())).step(X, Y)
+        for name in ("hidden.bias", "out.weight"):
+            assert not torch.equal(model.get_parameter(name), before.get_parameter(name)), seed
 
 
 @engines
