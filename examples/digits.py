@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -29,16 +30,13 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
-from matplotlib.ticker import LogLocator, NullLocator
 from pyro.nn import PyroModule
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
 from pyro_fordes import (
     RBF,
@@ -142,42 +140,36 @@ class Classifier(PyroModule):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
 
-def weights(inputs: Tensor) -> Weights:
-    """Compare particles by their weights."""
-    return Weights()
-
-
-def identity(inputs: Tensor) -> InputGradients:
-    """By the input gradient of the raw logit of the true class, as in the paper."""
-    return InputGradients("x", output="net")
-
-
-def pca(inputs: Tensor) -> InputGradients:
-    """The same, in the metric of the data's principal components."""
-    return InputGradients("x", output="net", lengthscale=pca_lengthscale(inputs))
-
-
 @dataclass(frozen=True)
 class Method:
     """What differs between the rows of the table; the budget does not."""
 
     label: str
-    transport: Ensemble | WGD
-    space: Callable[[Tensor], Weights | InputGradients] = weights
+    transport: Any
+    space: Callable[[Tensor], Any] = lambda inputs: Weights()
     strength: float = 1.0  # in units of the published repulsion
     noise: float = 0.0  # standard deviation of noise on the training inputs
 
 
+def identity(inputs: Tensor) -> InputGradients:
+    """Input gradients of the raw logit of the true class, as in the paper."""
+    return InputGradients("x", output="net")
+
+
+def pca(inputs: Tensor) -> InputGradients:
+    """The same, compared in the metric of the data's principal components."""
+    return InputGradients("x", output="net", lengthscale=pca_lengthscale(inputs))
+
+
 ENSEMBLE, FORDE = "deep ensemble", "FoRDE-PCA x20"
-NOISY_ENSEMBLE, NOISY_FORDE = f"{ENSEMBLE} + noise", f"{FORDE} + noise"
 METHODS = [
     Method(ENSEMBLE, Ensemble()),
-    Method("weight repulsion x1", WGD(), weights),
+    Method("weight repulsion x1", WGD()),
     Method("FoRDE-identity x1", WGD(), identity),
     Method("FoRDE-PCA x1", WGD(), pca),
     Method(FORDE, WGD(), pca, strength=20),
-    Method(NOISY_ENSEMBLE, Ensemble(), noise=0.4),
-    Method(NOISY_FORDE, WGD(), pca, strength=20, noise=0.4),
+    Method("deep ensemble + noise", Ensemble(), noise=0.4),
+    Method("FoRDE-PCA x20 + noise", WGD(), pca, strength=20, noise=0.4),
 ]
 
 
@@ -188,7 +180,6 @@ def train(
     inputs = data.scale(data.images)
 
     def noisy(batch: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        # Drawn even where it counts for nothing, so that all methods see the same batches.
         x, y = default_collate(batch)
         return [x + method.noise * torch.randn(x.shape, generator=generator), y]
 
@@ -226,19 +217,16 @@ def train(
 # ---------------------------------------------------------------- evaluation
 
 
-def particle_logits(
-    inference: ParticleInference, x: Float[Tensor, "particle point pixel"]
-) -> Float[Tensor, "particle point class"]:
-    """Logits of each particle for its own copy of the images."""
-    samples = inference.get_samples()
-    weights = {site.removeprefix("net."): value for site, value in samples.items()}
+def particle_logits(inference: ParticleInference, x: Tensor) -> Tensor:
+    """Logits of every particle, (particle, point, class)."""
+    weights = {name.removeprefix("net."): w for name, w in inference.get_samples().items()}
     net = mlp()
-    return torch.func.vmap(lambda w, images: torch.func.functional_call(net, w, images))(weights, x)
+    return torch.func.vmap(lambda w: torch.func.functional_call(net, w, (x,)))(weights)
 
 
 def score(inference: ParticleInference, x: Tensor, y: Tensor) -> dict[str, float]:
     """NLL, accuracy and calibration error of the mean of the particles' probabilities."""
-    logits = particle_logits(inference, x.expand(inference.num_particles, *x.shape))
+    logits = particle_logits(inference, x)
     log_prob = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
     return {
         "NLL": nn.functional.nll_loss(log_prob, y).item(),
@@ -247,8 +235,7 @@ def score(inference: ParticleInference, x: Tensor, y: Tensor) -> dict[str, float
     }
 
 
-METRICS = ("NLL", "accuracy", "ECE")
-Scores = dict[tuple[str, int], dict[str, float]]  # by corruption and severity
+Scores = dict[tuple[str, int], dict[str, float]]
 
 
 def evaluate(inference: ParticleInference, data: Digits, severities: Sequence[int]) -> Scores:
@@ -261,62 +248,65 @@ def evaluate(inference: ParticleInference, data: Digits, severities: Sequence[in
     return scores
 
 
-def summarise(scores: Scores) -> list[float]:
+def summarise(scores: Scores) -> dict[str, float]:
     """The table's columns: each metric clean, and as mean over corruptions and severities."""
-    columns = []
-    for metric in METRICS:
-        corrupted = [values[metric] for (_, severity), values in scores.items() if severity > 0]
-        columns += [scores["clean", 0][metric], statistics.fmean(corrupted)]
+    columns = {}
+    for metric in ("NLL", "accuracy", "ECE"):
+        corrupted = [s[metric] for (_, severity), s in scores.items() if severity > 0]
+        columns[f"clean {metric}"] = scores["clean", 0][metric]
+        columns[f"corrupted {metric}"] = sum(corrupted) / len(corrupted)
     return columns
 
 
-def print_row(label: str, numbers: Tensor, form: str) -> None:
-    print(f"{label:24}" + "".join(f"{number:{form}}" for number in numbers.tolist()))
-
-
 def print_table(results: dict[str, list[Scores]]) -> None:
-    """Means over seeds; with several, also what changes against the baselines seed by seed."""
-    print(" " * 24 + "".join(f"{metric:^18}" for metric in METRICS).rstrip())
-    print(" " * 24 + f"{'clean':>9}{'corrupt':>9}" * len(METRICS))
-    rows = {
-        label: torch.tensor([summarise(scores) for scores in runs], dtype=torch.float64)
-        for label, runs in results.items()
-    }
-    for label, values in rows.items():
-        print_row(label, values.mean(0), "9.4f")
-        if len(values) == 1:
-            continue
-        # Noise is a baseline of its own: repulsion should gain something on top of it.
-        for baseline in (ENSEMBLE, NOISY_ENSEMBLE) if label == NOISY_FORDE else (ENSEMBLE,):
-            if label == baseline:
-                continue
-            difference = values - rows[baseline]
-            print_row(f"  - {baseline}", difference.mean(0), "+9.4f")
-            print_row("    standard error", difference.std(0) / len(values) ** 0.5, "9.4f")
+    """Means over seeds; with several, the paired difference to the deep ensemble below."""
+    rows = {label: [summarise(scores) for scores in runs] for label, runs in results.items()}
+    columns = list(rows[ENSEMBLE][0])
+    seeds = len(rows[ENSEMBLE])
+    print(f"{'':24}" + "".join(f"{column:>20}" for column in columns))
+    for label, runs in rows.items():
+        values = torch.tensor([[run[c] for c in columns] for run in runs], dtype=torch.float64)
+        print(f"{label:24}" + "".join(f"{value:20.4f}" for value in values.mean(0)))
+        if seeds > 1 and label != ENSEMBLE:
+            base = torch.tensor([[run[c] for c in columns] for run in rows[ENSEMBLE]])
+            difference = values - base
+            error = difference.std(0) / seeds**0.5
+            cells = [f"{d:+.4f} ± {e:.4f}" for d, e in zip(difference.mean(0), error, strict=True)]
+            print(f"{'  minus deep ensemble':24}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 # ---------------------------------------------------------------- figure
 
 
-def input_gradients(
-    inference: ParticleInference, image: Float[Tensor, " pixel"], label: int
-) -> Float[Tensor, "particle pixel"]:
-    """What each particle looks at: unit gradient of the true class's logit by the pixels."""
-    x = image.expand(inference.num_particles, 1, -1).clone().requires_grad_()
-    logits = particle_logits(inference, x)
-    (gradient,) = torch.autograd.grad(logits[..., label].sum(), x)
-    return nn.functional.normalize(gradient.squeeze(1), dim=-1)
+def input_gradients(inference: ParticleInference, x: Tensor, label: int) -> Tensor:
+    """Unit gradients of the true-class logit at one image, (particle, 8, 8)."""
+    stacked = x.expand(inference.num_particles, *x.shape).clone().requires_grad_()
+    weights = {name.removeprefix("net."): w for name, w in inference.get_samples().items()}
+    net = mlp()
+    logits = torch.func.vmap(lambda w, one: torch.func.functional_call(net, w, (one,)))(
+        weights, stacked
+    )
+    (gradient,) = torch.autograd.grad(logits[..., label].sum(), stacked)
+    return nn.functional.normalize(gradient, dim=-1).reshape(-1, 8, 8)
 
 
-def draw_severities(axes: Axes, results: dict[str, list[Scores]]) -> None:
-    """Negative log likelihood by severity, mean over seeds and corruptions."""
+def draw(
+    results: dict[str, list[Scores]],
+    inferences: dict[str, ParticleInference],
+    data: Digits,
+    path: Path,
+) -> None:
+    """Left: NLL by severity. Right: what five particles look at, without and with repulsion."""
+    figure = plt.figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    axes = left.subplots()
     severities = sorted({severity for _, severity in results[ENSEMBLE][0]})
     styles = {
         ENSEMBLE: {"color": "black", "marker": "o"},
         "FoRDE-PCA x1": {"color": "C0", "marker": "s", "linestyle": ":"},
         FORDE: {"color": "C0", "marker": "s"},
-        NOISY_ENSEMBLE: {"color": "C1", "marker": "o", "linestyle": "--"},
-        NOISY_FORDE: {"color": "C3", "marker": "s", "linestyle": "--"},
+        "deep ensemble + noise": {"color": "black", "linestyle": "--"},
+        "FoRDE-PCA x20 + noise": {"color": "C0", "linestyle": "--"},
     }
     for label, style in styles.items():
         curve = [
@@ -329,60 +319,34 @@ def draw_severities(axes: Axes, results: dict[str, list[Scores]]) -> None:
             for severity in severities
         ]
         axes.plot(severities, curve, label=label, markersize=4, **style)
-    axes.set_yscale("log")  # equal distances are equal ratios, on clean digits and on bad ones
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="0.9")
-    axes.set_xticks(severities)
     axes.set_xlabel("severity of the corruption (0: clean)")
-    axes.set_ylabel("negative log likelihood per digit")
-    axes.set_title("Held-out digits: lower is better")
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_ylabel("negative log likelihood (nats per digit)")
+    axes.set_title("Held-out digits, mean over five corruptions")
+    axes.set_xticks(severities)
+    axes.set_ylim(0)
+    axes.legend(frameon=False)
 
-
-def draw_gradients(
-    figure: SubFigure, inferences: dict[str, ParticleInference], data: Digits
-) -> None:
-    """One held-out digit, and what five particles look at without and with repulsion."""
-    label = 3
-    index = int((data.test_labels == label).nonzero()[0])
-    x = data.scale(data.test_images[[index]])[0]
-    gradients = {name: input_gradients(inferences[name], x, label) for name in (ENSEMBLE, FORDE)}
-    shown = min(5, len(gradients[ENSEMBLE]))
-    grid = figure.add_gridspec(2, shown + 1)
-    cells = [figure.add_subplot(grid[:, 0])]
-    cells[0].imshow(data.test_images[index, 0], cmap="gray_r")
-    cells[0].set_title(f"a held-out {label}", fontsize=9)
-    limit = max(values[:shown].abs().max().item() for values in gradients.values())
-    for row, (name, values) in enumerate(gradients.items()):
-        for particle, gradient in enumerate(values[:shown]):
-            cell = figure.add_subplot(grid[row, particle + 1])
-            cell.imshow(gradient.reshape(8, 8), cmap="RdBu_r", vmin=-limit, vmax=limit)
-            if row == 0:
-                cell.set_title(f"particle {particle + 1}", fontsize=9)
-            if particle == 0:
-                pairs = torch.triu_indices(len(values), len(values), offset=1)
-                cosine = (values @ values.T)[pairs[0], pairs[1]].mean()
-                cell.set_ylabel(f"{name}\nmean cosine {cosine:.2f}", fontsize=9)
-            cells.append(cell)
-    for cell in cells:
+    index = 0
+    image, label = data.test_images[index], int(data.test_labels[index])
+    shown = [ENSEMBLE, FORDE]
+    count = min(5, inferences[ENSEMBLE].num_particles)
+    grid = right.subplots(len(shown), count + 1, squeeze=False)
+    for row, name in enumerate(shown):
+        gradients = input_gradients(inferences[name], data.scale(image[None])[0], label)
+        flat = gradients.flatten(1)
+        cosine = (flat @ flat.T)[~torch.eye(len(flat), dtype=torch.bool)].mean()
+        grid[row, 0].imshow(image[0], cmap="gray_r")
+        grid[row, 0].set_ylabel(f"{name}\nmean cosine {cosine:.2f}")
+        grid[row, 0].set_title(f"a held-out {label}", fontsize=9)
+        limit = flat.abs().max().item()
+        for particle in range(count):
+            cell = grid[row, particle + 1]
+            cell.imshow(gradients[particle], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            cell.set_title(f"particle {particle + 1}", fontsize=9)
+    for cell in grid.flat:
         cell.set_xticks([])
         cell.set_yticks([])
-    figure.suptitle(f"What makes it a {label}: gradient of the logit (red: more ink helps)")
-
-
-def draw(
-    results: dict[str, list[Scores]],
-    inferences: dict[str, ParticleInference],
-    data: Digits,
-    path: Path,
-) -> None:
-    """Left: how well the methods predict. Right: what their particles look at."""
-    figure = plt.figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
-    draw_severities(left.subplots(), results)
-    draw_gradients(right, inferences, data)
+    right.suptitle(f"Gradient of the logit of '{label}' by the pixels (red: more ink helps)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -390,25 +354,18 @@ def draw(
 # ---------------------------------------------------------------- main
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=positive, default=1, help="number of repetitions")
-    parser.add_argument("--epochs", type=positive, default=60, help="passes over the training set")
-    parser.add_argument("--particles", type=positive, default=10, help="networks per ensemble")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1, help="number of repetitions")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--particles", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     options = parser.parse_args()
     if options.smoke:
         options.epochs, options.particles = 2, 3
     severities = (3,) if options.smoke else (1, 2, 3, 4, 5)
-    torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
+    torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
     options.out.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
@@ -417,23 +374,19 @@ def main() -> None:
         data = load(seed)
         inferences = {}
         for method in METHODS:
-            print(f"seed {seed}, {method.label}", file=sys.stderr)
+            tqdm.write(f"seed {seed}: {method.label}", file=sys.stderr)
             inference = train(method, data, options.epochs, options.particles, seed)
             results[method.label].append(evaluate(inference, data, severities))
             inferences[method.label] = inference
-    sys.stderr.flush()
     print_table(results)
 
-    # The figure's gradients and the file for ArviZ are those of the last seed.
-    chart, samples = options.out / "digits.png", options.out / "digits.nc"
-    draw(results, inferences, data, chart)
     x = data.scale(data.test_images)
-    to_arviz(inferences[FORDE], x, data.test_labels).to_netcdf(str(samples))
-    seeds = "seed 0" if options.seeds == 1 else f"means of seeds 0 to {options.seeds - 1}"
+    to_arviz(inferences[FORDE], x, data.test_labels).to_netcdf(str(options.out / "digits.nc"))
+    draw(results, inferences, data, options.out / "digits.png")
     print(
-        f"{seeds}; {options.particles} particles, {options.epochs} epochs; "
-        f"{time.perf_counter() - start:.0f} s\n{chart}: the figure\n"
-        f"{samples}: {FORDE}, for arviz.from_netcdf"
+        f"{options.particles} particles, {options.epochs} epochs, {options.seeds} seed(s), "
+        f"{time.perf_counter() - start:.0f} s; wrote {options.out / 'digits.nc'} and "
+        f"{options.out / 'digits.png'}"
     )
 
 
