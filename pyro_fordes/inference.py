@@ -273,8 +273,15 @@ class ParticleInference:
         gradients = {**forces.gradients, **forces.shared_gradients}
         for name, tensor in parameters.items():
             tensor.grad = gradients[name]
+        before = [tensor.detach().clone() for tensor in parameters.values()]
         try:
             self._stepper.step(parameters)
+        except BaseException:
+            # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
+            with torch.no_grad():
+                for tensor, value in zip(parameters.values(), before, strict=True):
+                    tensor.copy_(value)
+            raise
         finally:
             for tensor in parameters.values():
                 tensor.grad = None

@@ -562,6 +562,23 @@ def test_progress_bar_goes_to_stderr_and_can_be_off(capsys):
     assert "force_ratio=" in captured.err
 
 
+def test_particles_survive_an_optimiser_that_fails_after_moving_them():
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise RuntimeError("too late")
+
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(
+        regression, lambda params: Failing(params, lr=0.1), 3, kernel=RBF(Weights()), seed=0
+    )
+    inference.setup(x, y)
+    before = unconstrained(inference)
+    with pytest.raises(RuntimeError, match="too late"):
+        inference.step(x, y)
+    assert all((unconstrained(inference)[n] == v).all() for n, v in before.items())
+
+
 def test_keyword_arguments_reach_the_model():
     x, y = classification_data(dtype=torch.float32)
     inference = ParticleInference(
