@@ -127,7 +127,7 @@ def mlp() -> nn.Sequential:
 
 
 class Classifier(PyroModule):
-    """The Bayesian network. A weight decay of w beside a mean loss is a Normal prior."""
+    """The Bayesian network; weight decay w beside a mean loss is a prior of precision N w."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,8 +205,9 @@ def train(
         particles,
         kernel=RBF(method.space(inputs)),
         transport=method.transport,
-        init_loc_fn=init_to_modules(mlp),
-        num_data=NUM_TRAIN,
+        init_loc_fn=init_to_modules(mlp),  # each starts as PyTorch would start it
+        num_data=NUM_TRAIN,  # learning rates as for a mean loss
+        # 1 is the exact posterior's; the published code repels this many times harder.
         repulsion_scale=method.strength * NUM_TRAIN / BATCH,
         seed=seed,
     )
