@@ -1,6 +1,7 @@
 """Priors on an unmodified ``nn.Module``, and particles that start from networks."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,34 @@ from pyro_fordes._checks import ArgumentError, check_number
 
 Prior = float | torch.distributions.Distribution | Callable[[str, Tensor], Any]
 """A standard deviation, a distribution, or a function of a parameter's name and value."""
+
+
+class _CentredNormal(dist.Normal):
+    """A zero-mean Normal of one standard deviation, with the log density in two passes.
+
+    torch's broadcasts location and scale to every weight first, and takes six.
+    """
+
+    @classmethod
+    def of(cls, scale: float, anchor: Tensor) -> "_CentredNormal":
+        """On the device and dtype of a tensor."""
+        made = cls(anchor.new_zeros(()), anchor.new_tensor(scale), validate_args=False)
+        made._sd = scale
+        return made
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same with another batch shape."""
+        new = super().expand(batch_shape, _instance)
+        new._sd = self._sd
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, elementwise."""
+        if value.shape[value.dim() - len(self.batch_shape) :] != self.batch_shape:
+            return super().log_prob(value)
+        z = value / self._sd if self._sd != 1 else value
+        constant = z.new_tensor(-math.log(self._sd) - math.log(2 * math.pi) / 2)
+        return torch.addcmul(constant, z, z, value=-0.5)
 
 
 class _PriorFor:
@@ -35,14 +64,9 @@ class _PriorFor:
         return self._built[1]
 
     def _build(self, anchor: Tensor) -> Any:
-        if self.scale is None:
-            prior = self.given
-        else:
-            # The particles are checked by the prototype run and by the driver; checks inside the
-            # distribution would be repeated at every step.
-            prior = dist.Normal(
-                anchor.new_zeros(()), anchor.new_tensor(self.scale), validate_args=False
-            )
+        # The particles are checked by the prototype run and by the driver; checks inside the
+        # distribution would be repeated at every step.
+        prior = self.given if self.scale is None else _CentredNormal.of(self.scale, anchor)
         batch_shape = self.shape[: len(self.shape) - prior.event_dim]
         prior = prior.expand(batch_shape)
         return prior.to_event(len(batch_shape)) if batch_shape else prior

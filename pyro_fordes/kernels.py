@@ -81,9 +81,11 @@ class KernelMatrix:
             weights: :math:`w_{ij}`, for each kernel of `between` where there are several.
         """
         slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
-        everyone = self.everyone.transpose(0, 1)
-        total = slope.sum(-1, keepdim=True) * everyone[:, self.rows] - slope @ everyone
-        return total.transpose(0, 1)
+        # The graph Laplacian of the slopes, so that one product does it all.
+        laplacian = -slope
+        own = laplacian[..., self.rows].diagonal(dim1=-2, dim2=-1)
+        own += slope.sum(-1)
+        return (laplacian @ self.everyone.transpose(0, 1)).transpose(0, 1)
 
 
 def squared_distances(
