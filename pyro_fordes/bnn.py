@@ -113,7 +113,6 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
             continue
         built = _check_prior(name, value, parameter)
         owner = owners[path]
-        delattr(owner, attribute)
         if not hasattr(owner, "_prior_anchor"):
             owner.register_buffer("_prior_anchor", parameter.new_zeros(()), persistent=False)
         setattr(owner, attribute, PyroSample(built))
@@ -144,12 +143,6 @@ def _check_net(net: nn.Module) -> None:
                     f"or sample the shared weight in the model"
                 )
             names[id(parameter)] = name
-        if isinstance(module, nn.RNNBase):
-            raise ArgumentError(
-                f"module '{path}' is a {type(module).__name__}, whose weights torch reads from a "
-                f"packed list that cannot be replaced by samples; write the recurrence out, with "
-                f"{type(module).__name__}Cell for instance"
-            )
 
 
 def _call_rule(prior: Any, name: str, parameter: Tensor) -> Any:

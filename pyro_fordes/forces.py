@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Evaluation, Gather, ravel, unravel
 from pyro_fordes.spaces import Space, Weights
@@ -39,7 +40,7 @@ class Rule:
     """
 
     space: Space
-    kernel: Any
+    kernel: Kernel
     transport: Transport
     gather: Gather
     temperature: float

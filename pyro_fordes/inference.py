@@ -28,7 +28,7 @@ from pyro_fordes._checks import (
 )
 from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.forces import Forces, Rule, compute_forces
-from pyro_fordes.kernels import RBF
+from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.particles import (
@@ -99,7 +99,7 @@ class ParticleInference:
         optim: Optim,
         num_particles: int,
         *,
-        kernel: RBF = RBF(InputGradients()),
+        kernel: Kernel = RBF(InputGradients()),
         transport: Transport = WGD(),
         init_loc_fn: Any = init_to_sample,
         repulsion_scale: Schedule = 1.0,
@@ -373,6 +373,7 @@ class ParticleInference:
             The loss of each step taken.
         """
         check_positive_int("num_steps", num_steps)
+        _check_callback(callback)
         losses: list[Tensor] = []
         with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
             for _ in range(num_steps):
@@ -408,6 +409,7 @@ class ParticleInference:
             ArgumentError: if the loader cannot be iterated (again) or is empty.
         """
         check_positive_int("num_epochs", num_epochs)
+        _check_callback(callback)
         if not isinstance(loader, Iterable):
             raise ArgumentError(
                 f"loader must be an iterable of batches, such as a torch DataLoader, got "
@@ -552,6 +554,14 @@ class ParticleInference:
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""
         return self._log_joint.prototype(args, kwargs)
+
+
+def _check_callback(callback: object) -> None:
+    """Refuse a callback that cannot be called, before any step is taken."""
+    if callback is not None and not callable(callback):
+        raise ArgumentError(
+            f"callback must be a function of (inference, step, loss), got {callback!r}"
+        )
 
 
 def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:

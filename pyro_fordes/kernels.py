@@ -88,6 +88,26 @@ class KernelMatrix:
         return (laplacian @ self.everyone.transpose(0, 1)).transpose(0, 1)
 
 
+class Kernel(Protocol):
+    """A base kernel with the space in which it compares particles."""
+
+    @property
+    def space(self) -> Any:
+        """Where particles are compared."""
+        ...
+
+    def evaluate(
+        self,
+        everyone: Float[Tensor, "particle point feature"],
+        rows: slice = slice(None),
+        step: int = 0,
+        *,
+        pooled: bool = True,
+    ) -> KernelMatrix:
+        """Kernel between the local particles (``rows``) and all particles."""
+        ...
+
+
 def squared_distances(
     everyone: Float[Tensor, "particle point feature"],
 ) -> Float[Tensor, "point particle particle"]:

@@ -81,8 +81,9 @@ class LogJoint:
     Args:
         model: any Pyro callable with continuous latent sites: a function or a ``PyroModule``.
         vectorize: ``"vmap"`` runs the model once for all particles, ``"loop"`` once per particle,
-            ``"auto"`` takes the loop on a CPU for models with convolutions (which ``vmap`` turns
-            into slower grouped ones) and ``vmap`` otherwise.
+            ``"auto"`` takes the loop for models with recurrent layers (for which ``vmap`` has no
+            rule) and, on a CPU, with convolutions (which it turns into slower grouped ones), and
+            ``vmap`` otherwise.
 
     Example:
         >>> import pyro.distributions as dist
@@ -101,6 +102,7 @@ class LogJoint:
         self._signature = _signature(model)
         self._wrapped = _Wrapped(model) if isinstance(model, nn.Module) else None
         self._prototypes: dict[Any, Prototype] = {}
+        self._first: Prototype | None = None
         # Pyro makes every parameter that it meets require a gradient.
         self._frozen = {
             name
@@ -187,7 +189,10 @@ class LogJoint:
             self.check_call(args, kwargs)
             if len(self._prototypes) >= 64:
                 self._prototypes.pop(next(iter(self._prototypes)))
-            self._prototypes[key] = run_prototype(self.model, args, kwargs)
+            prototype = run_prototype(self.model, args, kwargs)
+            self._first = self._first or prototype
+            _check_supports(prototype.latents, self._first.latents)
+            self._prototypes[key] = prototype
         return self._prototypes[key]
 
     def setting(self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype) -> Setting:
@@ -300,6 +305,9 @@ class LogJoint:
         stacked = self.stack_buffers(prototype, count)
         stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         shared: dict[str, Tensor] = {}
+        own_parameters = (
+            dict(self.model.named_parameters()) if isinstance(self.model, nn.Module) else {}
+        )
 
         def run(
             particle: Mapping[str, Tensor],
@@ -318,7 +326,7 @@ class LogJoint:
             log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
                 if site["type"] == "param" and name not in self._frozen:
-                    shared[name] = self._parameter(name, site["value"])
+                    shared[name] = _parameter(name, site["value"], own_parameters)
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_tensor(log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
@@ -351,18 +359,6 @@ class LogJoint:
             values, log_density, log_det, captured, inputs, subsamples, stacked, shared
         )
 
-    def _parameter(self, name: str, value: Any) -> Tensor:
-        """The unconstrained tensor behind a ``param`` site, which an optimiser can move.
-
-        A module's own parameter comes before the one of Pyro's store, which may be that of another
-        module with the same names.
-        """
-        if isinstance(self.model, nn.Module):
-            own = dict(self.model.named_parameters()).get(name.replace("$$$", "."))
-            if own is not None:
-                return own
-        return value.unconstrained() if hasattr(value, "unconstrained") else value
-
     def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
         """The buffers that runs of the model change, one copy for each particle."""
         own = named_buffers(self.model)
@@ -375,10 +371,10 @@ class LogJoint:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""
         if self.vectorize != "auto":
             return self.vectorize
-        convolution = nn.modules.conv._ConvNd
-        has_convolution = isinstance(self.model, nn.Module) and any(
-            isinstance(module, convolution) for module in self.model.modules()
-        )
+        modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            return "loop"
+        has_convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in modules)
         return "loop" if has_convolution and device.type == "cpu" else "vmap"
 
     def _explain(self, error: RuntimeError) -> Exception:
@@ -389,7 +385,12 @@ class LogJoint:
                 "the model updates a tensor in place (BatchNorm in a plain function?); write the "
                 "model as a PyroModule so that its buffers can be kept per particle"
             )
-        elif "vmap" in text or "data-dependent" in text or "BatchedTensor" in text:
+        elif (
+            "vmap" in text
+            or "Batching rule" in text
+            or "data-dependent" in text
+            or "BatchedTensor" in text
+        ):
             hint = "some operation has no vectorised form; use vectorize='loop'"
         else:
             return ModelError(f"the model failed when run with particles: {text}")
@@ -455,6 +456,32 @@ def _check_values(values: Values, latents: Mapping[str, Latent]) -> None:
                 f"{tuple(latents[name].shape)}, but particles have {tuple(value.shape[1:])}; the "
                 f"size of a latent site must not change with the batch"
             )
+
+
+def _check_supports(latents: Mapping[str, Latent], first: Mapping[str, Latent]) -> None:
+    """Refuse a site whose support follows the data: its particles would change their meaning."""
+    for name in latents.keys() & first.keys():
+        here, there = latents[name], first[name]
+        if here.shape != there.shape:
+            continue  # `_check_values` says more about it
+        point = torch.full(here.shape, 0.5, dtype=here.dtype, device=here.device)
+        if not torch.equal(here.transform(point), there.transform(point)):
+            raise ModelError(
+                f"the support of site '{name}' changes with the model's arguments; sample it on a "
+                f"fixed support and transform it with pyro.deterministic"
+            )
+
+
+def _parameter(name: str, value: Any, own: Mapping[str, Tensor]) -> Tensor:
+    """The unconstrained tensor behind a ``param`` site, which an optimiser can move.
+
+    A module's own parameter comes before the one of Pyro's store, which may be that of another
+    module with the same names.
+    """
+    parameter = own.get(name.replace("$$$", "."))
+    if parameter is not None:
+        return parameter
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def _draw(size: int, count: int, device: Any) -> Tensor:

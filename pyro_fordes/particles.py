@@ -6,7 +6,7 @@ particles are spread over several.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -143,7 +143,6 @@ class Latent:
         shape: shape of one particle's unconstrained value.
         dtype: its floating-point type.
         device: where it lies.
-        dims: names of the plates the site is in, by negative batch dimension.
     """
 
     name: str
@@ -151,7 +150,6 @@ class Latent:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    dims: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

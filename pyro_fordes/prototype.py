@@ -191,8 +191,7 @@ def _latents(trace: Any) -> dict[str, Latent]:
                 f"to the real line; use a distribution with another support"
             ) from None
         value = transform.inv(site["value"])
-        dims = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        latents[name] = Latent(name, transform, value.shape, value.dtype, value.device, dims)
+        latents[name] = Latent(name, transform, value.shape, value.dtype, value.device)
     return latents
 
 

@@ -205,8 +205,8 @@ class InputGradients:
                 f"InputGradients(input=...) must be the name or position of a model argument, got "
                 f"{self.input!r}"
             )
-        sequence = isinstance(self.output, tuple | list)
-        for output in self.output if sequence else (self.output,):  # type: ignore[union-attr]
+        given = self.output if isinstance(self.output, tuple | list) else [self.output]
+        for output in given:
             if output is not None and not isinstance(output, str) and not callable(output):
                 raise ArgumentError(
                     f"InputGradients(output=...) must be a site's name, a submodule's path, a "

@@ -21,7 +21,7 @@ from pyro_fordes._checks import (
     check_number,
     check_positive_int,
 )
-from pyro_fordes.kernels import KernelMatrix
+from pyro_fordes.kernels import Kernel, KernelMatrix
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Transport(Protocol):
 
     def repel(
         self,
-        kernel: Any,
+        kernel: Kernel,
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
@@ -171,7 +171,7 @@ class WGD:
 
     def repel(
         self,
-        kernel: Any,
+        kernel: Kernel,
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
@@ -188,7 +188,7 @@ class WGD:
         return Repulsion(unwhiten(velocity), matrix)
 
     def _estimate(
-        self, kernel: Any, everyone: Tensor, rows: slice, step: int, pooled: bool
+        self, kernel: Kernel, everyone: Tensor, rows: slice, step: int, pooled: bool
     ) -> tuple[Tensor, KernelMatrix]:
         """Minus the estimated score at the rows, calibrated if asked for."""
         # Calibration averages over all particles, and the other estimators invert their kernel.
@@ -263,7 +263,7 @@ class SVGD:
 
     def repel(
         self,
-        kernel: Any,
+        kernel: Kernel,
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,
@@ -312,7 +312,7 @@ class Ensemble:
 
     def repel(
         self,
-        kernel: Any,
+        kernel: Kernel,
         everyone: Float[Tensor, "particle point feature"],
         rows: slice = slice(None),
         step: int = 0,

@@ -24,7 +24,7 @@ ALLOWED = {
     "prototype": {"_checks", "_random", "particles", "sites"},
     "log_joint": {"_checks", "particles", "prototype"},
     "io_arviz": {"_checks", "particles", "sites"},
-    "forces": {"particles", "spaces", "transports", "log_joint"},
+    "forces": {"particles", "kernels", "spaces", "transports", "log_joint"},
     "inference": {
         "_checks",
         "_random",

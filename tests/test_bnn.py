@@ -17,6 +17,7 @@ from pyro_fordes import (
     RBF,
     ArgumentError,
     Ensemble,
+    InputGradients,
     NumericalError,
     ParticleInference,
     Weights,
@@ -127,10 +128,35 @@ RECURRENT = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers_are_refused(name):
-    """torch keeps their weights in a second list, which would hold stale ones."""
-    with pytest.raises(ArgumentError, match=f"'1' is a {name}.*{name}Cell"):
-        bayesianize(nn.Sequential(nn.Linear(2, 2), RECURRENT[name](2, 3)))
+def test_recurrent_layers(name):
+    """torch keeps their weights in a second list, which must not hold stale ones."""
+    net, x = RECURRENT[name](2, 3, batch_first=True), torch.randn(4, 5, 2)
+    trace, values = sampled(bayesianize(net), x)
+    assert {n: v.shape for n, v in values.items()} == {
+        n: p.shape for n, p in net.named_parameters()
+    }
+    outputs, expected = trace.nodes["_RETURN"]["value"], functional_call(net, values, x)
+    torch.testing.assert_close(outputs[0], expected[0])
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_train(name):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = RECURRENT[name](2, 3, batch_first=True)
+            self.out = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0][:, -1])
+
+    x, y = torch.randn(8, 5, 2), torch.randn(8)
+    for kernel in (RBF(Weights()), RBF(InputGradients("x"))):
+        inference = ParticleInference(
+            Regression(bayesianize(Last())), pyro.optim.Adam({"lr": 0.03}), 3, kernel=kernel, seed=0
+        )
+        losses = inference.run(15, x, y, progress_bar=False)
+        assert losses[-1] < losses[0]
 
 
 class Tied(nn.Module):
@@ -475,7 +501,9 @@ def test_names_that_repeat_at_two_depths_match_by_full_path():
 
 
 def test_a_partly_bayesian_network_takes_the_parameters_it_has():
-    rule = lambda name, _: None if name.startswith("0.") else 1.0  # noqa: E731
+    def rule(name, _):
+        return None if name.startswith("0.") else 1.0
+
     model = Regression(bayesianize(mlp(), prior=rule))
     nets = [mlp() for _ in range(3)]
     samples = start(model, *DATA, init_loc_fn=init_to_modules(nets)).get_samples()

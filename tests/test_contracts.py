@@ -151,7 +151,7 @@ def test_parts_are_frozen_and_have_one_form():
 # -------------------------------------------------------------------- transports
 
 
-def repel(name, r, rows=slice(None), base=RBF(Weights()), pooled=True):  # noqa: B008
+def repel(name, r, rows=slice(None), base=RBF(Weights()), pooled=True):
     """Velocity of a transport, the same made-up scores for all that want some."""
     scores = (r - 0.3).sin() if TRANSPORTS[name].uses_scores else None
     found = TRANSPORTS[name].repel(base, r, rows, scores=scores, pooled=pooled)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_fordes import (
     RBF,
     WGD,
+    ArgumentError,
     Ensemble,
     InputGradients,
     Median,
@@ -432,6 +433,14 @@ def test_callback_sees_every_step_and_can_stop():
     assert losses.tolist() == pytest.approx([loss for _, loss in seen])
     losses = inference.fit([(x, y)] * 4, 5, progress_bar=False, callback=lambda *_: True)
     assert len(losses) == 1
+
+
+def test_callback_must_be_a_function_before_any_step():
+    x, y = regression_data(torch.float32)
+    inference = ParticleInference(regression, sgd(), 3, kernel=RBF(Weights()), seed=0)
+    with pytest.raises(ArgumentError, match="callback must be a function"):
+        inference.run(3, x, y, progress_bar=False, callback=3)
+    assert inference._step == 0
 
 
 def test_evaluate_loss_is_the_next_steps_loss():

@@ -200,7 +200,10 @@ def subsampling(x, seen):
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 def test_particles_share_one_minibatch_that_changes_from_call_to_call(vectorize):
     seen = []
-    model = lambda x: subsampling(x, seen)  # noqa: E731
+
+    def model(x):
+        subsampling(x, seen)
+
     log_joint = LogJoint(model, vectorize)
     x = torch.randn(30, 2)
     values = random_values(log_joint, (x,), {})
@@ -873,3 +876,15 @@ def test_validation_is_left_as_found_when_the_model_raises(vectorize):
     with pytest.raises(Told):
         start(model, Y, kernel=RBF(Weights()))
     assert is_validation_enabled() is before
+
+
+def test_a_support_that_follows_the_data_is_refused():
+    def model(y):
+        top = pyro.sample("top", dist.Uniform(0.0, y.abs().max() + 1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(top, 1.0), obs=y)
+
+    log_joint = LogJoint(model)
+    log_joint.prototype((Y,), {})
+    with pytest.raises(ModelError, match="support of site 'top' changes with the model's argu"):
+        log_joint.prototype((10 * Y[:4],), {})
