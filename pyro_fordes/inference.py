@@ -72,7 +72,8 @@ class ParticleInference:
         vectorize: ``"vmap"``, ``"loop"`` or ``"auto"``; see `LogJoint`.
         seed: seed of the inference's own random numbers (initial particles, minibatches, dropout).
             None draws one from torch's global generator, so ``pyro.set_rng_seed`` works.
-        diagnostics_every: how many steps apart the two forces are measured separately.
+        diagnostics_every: how many steps apart the two forces are measured separately, which costs
+            one more backward pass.
         gather: how particles of other processes are seen.
 
     Raises:
@@ -107,7 +108,7 @@ class ParticleInference:
         num_data: int | None = None,
         vectorize: str = "auto",
         seed: int | None = None,
-        diagnostics_every: int = 10,
+        diagnostics_every: int = 50,
         gather: Gather = OneProcess(),
     ) -> None:
         if isinstance(model, type) or not callable(model):
@@ -150,6 +151,7 @@ class ParticleInference:
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
         self._step = 0
@@ -273,14 +275,14 @@ class ParticleInference:
         gradients = {**forces.gradients, **forces.shared_gradients}
         for name, tensor in parameters.items():
             tensor.grad = gradients[name]
-        before = [tensor.detach().clone() for tensor in parameters.values()]
+        before = self._copy(parameters)
         try:
             self._stepper.step(parameters)
         except BaseException:
             # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
             with torch.no_grad():
-                for tensor, value in zip(parameters.values(), before, strict=True):
-                    tensor.copy_(value)
+                for name, tensor in parameters.items():
+                    tensor.copy_(before[name])
             raise
         finally:
             for tensor in parameters.values():
@@ -290,6 +292,17 @@ class ParticleInference:
             self._diagnostics = forces.diagnostics
         self._step += 1
         return -log_joint.mean()
+
+    def _copy(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors, in memory that is kept: getting it anew costs more than the copy."""
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                kept = self._before.get(name)
+                if kept is None or kept.shape != tensor.shape or kept.device != tensor.device:
+                    self._before[name] = tensor.detach().clone()
+                else:
+                    kept.copy_(tensor)
+        return self._before
 
     def _check_finite(self, forces: Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Refuse an update that would make a particle useless, before it is made."""
@@ -451,7 +464,8 @@ class ParticleInference:
         step = self._step
         losses.append(self._update(args, kwargs))
         bar.update()
-        if not bar.disable and step % self.diagnostics_every == 0:
+        # Reading a number waits for the device, so not at every step.
+        if not bar.disable and step % 10 == 0:
             ratio = self.diagnostics()["force_ratio"]
             bar.set_postfix(loss=f"{losses[-1].item():.4g}", force_ratio=f"{ratio:.2g}")
         return callback is not None and callback(self, step, losses[-1].item()) is True

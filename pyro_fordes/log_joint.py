@@ -437,7 +437,7 @@ def _shapes(tree: Any) -> Any:
         else type(leaf)
         for leaf in leaves
     )
-    return described, str(spec)
+    return described, spec
 
 
 def _check_values(values: Values, latents: Mapping[str, Latent]) -> None:
