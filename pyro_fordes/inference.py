@@ -70,6 +70,8 @@ class ParticleInference:
         num_data: divide the velocity by this number, so that learning rates of the
             deep-learning literature apply. None for 1.
         vectorize: ``"vmap"``, ``"loop"`` or ``"auto"``; see `LogJoint`.
+        max_plate_nesting: how many batch dimensions plates use, for models with discrete latent
+            sites, which are summed out as Pyro's NUTS does it; None looks at the first run.
         seed: seed of the inference's own random numbers (initial particles, minibatches, dropout).
             None draws one from torch's global generator, so ``pyro.set_rng_seed`` works.
         diagnostics_every: how many steps apart the two forces are measured separately, which costs
@@ -107,6 +109,7 @@ class ParticleInference:
         temperature: Schedule = 1.0,
         num_data: int | None = None,
         vectorize: str = "auto",
+        max_plate_nesting: int | None = None,
         seed: int | None = None,
         diagnostics_every: int = 50,
         gather: Gather = OneProcess(),
@@ -147,7 +150,9 @@ class ParticleInference:
             seed = int(torch.randint(2**62, ()))
         self._seed = seed
         self._random = RandomStream(seed)
-        self._log_joint = LogJoint(model, vectorize)
+        if max_plate_nesting not in (None, 0):
+            check_positive_int("max_plate_nesting", max_plate_nesting)
+        self._log_joint = LogJoint(model, vectorize, max_plate_nesting)
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -540,9 +545,19 @@ class ParticleInference:
 
         Returns:
             ``{site: (particle, *batch shape)}``.
+
+        Raises:
+            ModelError: if the model has discrete latent sites, which are summed out over all
+                observations together.
         """
         with torch.enable_grad():
             self.setup(*args, **kwargs)
+        summed = self.prototype(*args, **kwargs).enumerated
+        if summed:
+            raise ModelError(
+                f"the log likelihood of single observations is not known where the discrete sites "
+                f"{list(summed)} are summed out; log_joint(...) gives that of all"
+            )
         with preserved_rng():
             evaluation = self._log_joint.evaluate(
                 self._particles, args, kwargs, capture=pointwise_log_prob, buffers=self._buffers

@@ -33,8 +33,9 @@ def to_arviz(
         **kwargs: keyword arguments of the model.
 
     Returns:
-        Groups ``posterior``, ``log_likelihood`` (pointwise, not scaled by plates),
-        ``sample_stats`` (``lp``, the log joint of each particle) and ``observed_data``.
+        Groups ``posterior``, ``log_likelihood`` (pointwise, not scaled by plates; left out where
+        discrete latent sites are summed out), ``sample_stats`` (``lp``, the log
+        joint of each particle) and ``observed_data``.
 
     Raises:
         MissingDependencyError: if ArviZ is not installed.
@@ -69,18 +70,17 @@ def to_arviz(
         if sites is not None
         else [name for name, value in samples.items() if value[0].numel() <= max_site_size]
     )
-    trace = inference.prototype(*args, **kwargs).trace
+    prototype = inference.prototype(*args, **kwargs)
+    trace = prototype.trace
     nodes = trace.nodes
+    pointwise = {} if prototype.enumerated else inference.log_likelihood(*args, **kwargs)
     observed = observed_sites(trace)
     dims: dict[str, list[str]] = {}
     for name in (*chosen, *observed):
         dims[name] = _dims(name, nodes[name])
     groups = {
         "posterior": {name: _array(samples[name])[None] for name in chosen},
-        "log_likelihood": {
-            name: _array(value)[None]
-            for name, value in inference.log_likelihood(*args, **kwargs).items()
-        },
+        "log_likelihood": {name: _array(value)[None] for name, value in pointwise.items()},
         "sample_stats": {"lp": _array(inference.log_joint(*args, **kwargs))[None]},
         "observed_data": {name: _array(nodes[name]["value"]) for name in observed},
     }

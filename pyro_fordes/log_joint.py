@@ -18,6 +18,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -26,6 +27,7 @@ from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
+from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import (
     Call,
     Evaluation,
@@ -34,7 +36,7 @@ from pyro_fordes.particles import (
     Subsample,
     Values,
 )
-from pyro_fordes.prototype import Prototype, named_buffers, run_prototype
+from pyro_fordes.prototype import Prototype, drawing_plates, named_buffers, run_prototype
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -84,6 +86,9 @@ class LogJoint:
             ``"auto"`` takes the loop for models with recurrent layers (for which ``vmap`` has no
             rule) and, on a CPU, with convolutions (which it turns into slower grouped ones), and
             ``vmap`` otherwise.
+        max_plate_nesting: how many batch dimensions belong to plates, for models with discrete
+            latent sites, which are summed out in the dimensions left of them. None looks at the
+            plates of the first run.
 
     Example:
         >>> import pyro.distributions as dist
@@ -96,9 +101,15 @@ class LogJoint:
         tensor([-0.9189, -0.9189, -0.9189])
     """
 
-    def __init__(self, model: Callable[..., Any], vectorize: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        vectorize: str = "auto",
+        max_plate_nesting: int | None = None,
+    ) -> None:
         self.model = model
         self.vectorize = vectorize
+        self.max_plate_nesting = max_plate_nesting
         self._signature = _signature(model)
         self._wrapped = _Wrapped(model) if isinstance(model, nn.Module) else None
         self._prototypes: dict[Any, Prototype] = {}
@@ -189,7 +200,7 @@ class LogJoint:
             self.check_call(args, kwargs)
             if len(self._prototypes) >= 64:
                 self._prototypes.pop(next(iter(self._prototypes)))
-            prototype = run_prototype(self.model, args, kwargs)
+            prototype = run_prototype(self.model, args, kwargs, self.max_plate_nesting)
             self._first = self._first or prototype
             _check_supports(prototype.latents, self._first.latents)
             self._prototypes[key] = prototype
@@ -224,6 +235,8 @@ class LogJoint:
         """
 
         def checked(site: Any) -> Tensor:
+            if site["name"] not in latents:
+                return site["fn"]()  # summed out: any value will do
             value, wanted = init(site), site["fn"].shape()
             if not isinstance(value, Tensor) or value.shape != wanted:
                 got = describe(value) if isinstance(value, Tensor) else repr(value)
@@ -319,11 +332,11 @@ class LogJoint:
             for tensor in stand_in.values():
                 call_args, call_kwargs = _substitute(args, kwargs, place, tensor)
             with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
-                trace = self._with_buffers(
-                    own_buffers,
-                    lambda: poutine.trace(self.model).get_trace(*call_args, **call_kwargs),
-                )
-            log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
+                trace = self._trace(own_buffers, call_args, call_kwargs, prototype)
+            if prototype.enumerated:
+                log_density = marginal_log_prob(trace)
+            else:
+                log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
                 if site["type"] == "param" and name not in self._frozen:
                     shared[name] = _parameter(name, site["value"], own_parameters)
@@ -334,14 +347,101 @@ class LogJoint:
 
         # Second derivatives of fused attention do not exist; the plain one has them.
         attention = _plain_attention() if input is not None else nullcontext()
+        with attention:
+            (log_density, log_det, captured), stacked = self._map(run, values, inputs, stacked)
+        return Evaluation(
+            values, log_density, log_det, captured, inputs, subsamples, stacked, shared
+        )
+
+    def replay(
+        self,
+        values: Values,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        latents: Mapping[str, Latent],
+        *,
+        capture: Callable[[Call], Any],
+        submodules: tuple[str, ...] = (),
+        buffers: Values | None = None,
+    ) -> Any:
+        """What ``capture`` keeps of each particle's run on arguments without observations.
+
+        Sites that are not among the latent ones are sampled. Nothing is summed out, no density is
+        computed and the buffers are left as they are.
+
+        Args:
+            values: unconstrained values, ``(particle, *shape)`` each.
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            latents: the latent sites that ``values`` belong to.
+            capture: function of a particle's `Call` that returns a tree of tensors.
+            submodules: paths of submodules whose outputs ``capture`` reads.
+            buffers: per-particle values of the buffers that the model changes.
+
+        Returns:
+            The tree, with a leading particle axis.
+
+        Raises:
+            ModelError: if the model cannot be run with these arguments.
+        """
+        self.check_call(args, kwargs)
+        kept = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
+        first, _ = _constrain({name: value[0] for name, value in values.items()}, latents)
+        own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
+        with torch.no_grad(), pyro.validation_enabled(False), _Replay(first, {}):
+            trace = self._trace(own, args, kwargs)
+        missing = [name for name in values if name not in trace.nodes]
+        if missing:
+            raise ModelError(
+                f"with these arguments the model has no sites {missing}, which particles have"
+            )
+        subsamples = {
+            name: Subsample(_draw(size, count, device), size)
+            for name, (size, count, device) in drawing_plates(trace).items()
+        }
+
+        def run(
+            particle: Mapping[str, Tensor],
+            _: Mapping[str, Tensor],
+            own_buffers: dict[str, Tensor],
+        ) -> tuple[Any]:
+            constrained, _log_det = _constrain(particle, latents)
+            with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
+                trace = self._trace(own_buffers, args, kwargs)
+            return (capture(Call(trace, modules)),)
+
+        return self._map(run, values, {}, kept)[0][0]
+
+    def _trace(
+        self,
+        buffers: dict[str, Tensor],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        prototype: Prototype | None = None,
+    ) -> Any:
+        """Trace of one run, discrete latents enumerated if a prototype with some is given."""
+        model, enumerate_ = self.model, nullcontext()
+        if prototype is not None and prototype.enumerated:
+            model = config_enumerate(model)
+            enumerate_ = Enumerate(first_available_dim=-1 - prototype.max_plate_nesting)
+        with enumerate_:
+            return self._with_buffers(
+                buffers, lambda: poutine.trace(model).get_trace(*args, **kwargs)
+            )
+
+    def _map(
+        self, run: Callable[..., Any], values: Values, inputs: Values, stacked: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run a function of one particle for all; returns its results and the buffers after it."""
+        first = next(iter(values.values()))
         try:
-            with pyro.validation_enabled(False), attention:
-                if self.engine(next(iter(values.values())).device) == "vmap":
-                    results = torch.func.vmap(run, randomness="different")(
-                        dict(values), inputs, stacked
-                    )
-                else:
-                    results, stacked = _loop(run, values, inputs, stacked, count)
+            with pyro.validation_enabled(False):
+                if self.engine(first.device) == "loop":
+                    return _loop(run, values, inputs, stacked, len(first))
+                results = torch.func.vmap(run, randomness="different")(
+                    dict(values), inputs, stacked
+                )
+                return results, stacked
         except (ModelError, ArgumentError):
             raise
         except ValueError as error:
@@ -354,10 +454,6 @@ class LogJoint:
             ) from error
         except RuntimeError as error:
             raise self._explain(error) from error
-        log_density, log_det, captured = results
-        return Evaluation(
-            values, log_density, log_det, captured, inputs, subsamples, stacked, shared
-        )
 
     def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
         """The buffers that runs of the model change, one copy for each particle."""

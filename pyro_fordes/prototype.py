@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
@@ -18,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ModelError, NumericalError, describe
 from pyro_fordes._random import preserved_rng
+from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import Latent
-from pyro_fordes.sites import latent_sites, observed_sites
+from pyro_fordes.sites import enumerated_sites, latent_sites, observed_sites
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,17 @@ class Prototype:
         plates: size, subsample size and device of each plate that draws a minibatch.
         latents: the continuous latent sites.
         mutated: names of the module buffers that runs change: each particle has its own.
+        enumerated: the discrete latent sites, which are summed out.
+        max_plate_nesting: how many batch dimensions belong to plates; the sum uses those left of
+            them.
     """
 
     trace: Any
     plates: Mapping[str, tuple[int, int, Any]]
     latents: Mapping[str, Latent]
     mutated: tuple[str, ...]
+    enumerated: tuple[str, ...] = ()
+    max_plate_nesting: int = 0
 
 
 def named_buffers(model: Callable[..., Any]) -> dict[str, Tensor]:
@@ -44,17 +51,23 @@ def named_buffers(model: Callable[..., Any]) -> dict[str, Tensor]:
     return dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
 
 
-def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
+def run_prototype(
+    model: Callable[..., Any],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: int | None = None,
+) -> Prototype:
     """Run a model once with validation on; random state and buffers are left as they were.
 
     Args:
         model: a Pyro callable.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        max_plate_nesting: see `Prototype`; None looks at the plates of this run.
 
     Raises:
-        ModelError: if it has no latent site, or one that particles cannot represent, or data of
-            another device or dtype.
+        ModelError: if it has no latent site, or one that particles cannot represent, or discrete
+            ones that cannot be summed out, or data of another device or dtype.
         NumericalError: if an observation is not finite.
     """
     buffers = named_buffers(model)
@@ -63,6 +76,10 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
         with preserved_rng(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trace = _validated_trace(model, args, kwargs)
+            enumerated = tuple(enumerated_sites(trace))
+            nesting = _plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
+            if enumerated:
+                _check_enumeration(model, args, kwargs, enumerated, nesting)
         now = named_buffers(model)
         # By value: batch_norm's kernel changes its statistics without counting a version.
         statistics = _running_statistics(model)
@@ -82,14 +99,53 @@ def run_prototype(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, A
             for buffer, before in saved.values():
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    plates = {
+    return Prototype(trace, drawing_plates(trace), _latents(trace), mutated, enumerated, nesting)
+
+
+def drawing_plates(trace: Any) -> dict[str, tuple[int, int, Any]]:
+    """Size, subsample size and device of each plate of a trace that draws a minibatch."""
+    return {
         name: (site["fn"].size, site["fn"].subsample_size, site["fn"].device)
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and site_is_subsample(site)
         and site["fn"].subsample_size not in (None, site["fn"].size)
     }
-    return Prototype(trace, plates, _latents(trace), mutated)
+
+
+def _plate_nesting(trace: Any) -> int:
+    """How many dimensions the plates of a trace take."""
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def _check_enumeration(
+    model: Callable[..., Any],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    names: tuple[str, ...],
+    max_plate_nesting: int,
+) -> None:
+    """Sum the discrete sites out once, with validation on."""
+    try:
+        with Enumerate(first_available_dim=-1 - max_plate_nesting):
+            trace = poutine.trace(InitMessenger(init_to_sample)(config_enumerate(model))).get_trace(
+                *args, **kwargs
+            )
+        marginal_log_prob(trace)
+    except Exception as error:
+        raise ModelError(
+            f"the discrete latent sites {list(names)} could not be summed out in parallel: "
+            f"{type(error).__name__}: {error}. Their values get extra dimensions on the left, "
+            f"which the model must broadcast (pyro.ops.indexing.Vindex helps); check also "
+            f"max_plate_nesting, here {max_plate_nesting}"
+        ) from error
 
 
 def _running_statistics(model: Callable[..., Any]) -> set[str]:
@@ -159,7 +215,8 @@ def _check_sites(trace: Any) -> None:
         if fn.support.is_discrete:
             raise ModelError(
                 f"latent site '{name}' is discrete ({type(fn).__name__}); particles move by "
-                f"gradients and need continuous latents. Marginalise it in the model, or observe it"
+                f"gradients, and only discrete sites with a finite support that Pyro enumerates in "
+                f"parallel are summed out. Marginalise it in the model, or observe it"
             )
         for frame in site["cond_indep_stack"]:
             full = getattr(frame, "full_size", None)

@@ -23,12 +23,43 @@ def base_distribution(fn: Any) -> Any:
 
 
 def latent_sites(trace: Any) -> list[str]:
-    """Names of the sites to infer: sampled, not observed, no minibatch indices."""
+    """Names of the sites to infer: sampled, not observed, not summed out, no minibatch indices."""
     return [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not _summed_out(site)
     ]
+
+
+def enumerated_sites(trace: Any) -> list[str]:
+    """Names of the discrete latent sites with a finite support, which are summed out.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        ...     pyro.sample("z", dist.Bernoulli(p))
+        >>> trace = pyro.poutine.trace(model).get_trace()
+        >>> enumerated_sites(trace), latent_sites(trace)
+        (['z'], ['p'])
+    """
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and _summed_out(site)
+    ]
+
+
+def _summed_out(site: Any) -> bool:
+    """Whether Pyro can enumerate a site in parallel, and the model does not ask otherwise."""
+    asked = site["infer"].get("enumerate", "parallel")
+    return asked == "parallel" and getattr(site["fn"], "has_enumerate_support", False)
 
 
 def observed_sites(trace: Any) -> list[str]:

@@ -21,8 +21,9 @@ ALLOWED = {
     "kernels": {"_checks", "particles"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
     "transports": {"_checks", "kernels"},
-    "prototype": {"_checks", "_random", "particles", "sites"},
-    "log_joint": {"_checks", "particles", "prototype"},
+    "enumeration": set(),
+    "prototype": {"_checks", "_random", "particles", "enumeration", "sites"},
+    "log_joint": {"_checks", "particles", "enumeration", "prototype"},
     "io_arviz": {"_checks", "particles", "sites"},
     "forces": {"particles", "kernels", "spaces", "transports", "log_joint"},
     "inference": {

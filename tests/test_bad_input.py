@@ -88,8 +88,20 @@ def gradients(*args, model=None, data=(X, Y), **options):
 
 
 def discrete(y):
-    pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("k", dist.Poisson(0.5))
     location(y)
+
+
+def sequential(y):
+    pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "sequential"})
+    location(y)
+
+
+def not_broadcasting(y):
+    k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+    location(y)
+    if k == 0:  # a tensor of three values
+        pyro.sample("more", dist.Normal(0.0, 1.0))
 
 
 def all_observed(y):
@@ -206,7 +218,17 @@ def with_nan(tensor, value=math.nan):
 
 
 MODELS = {
-    "discrete latent": (lambda: start(discrete, Y), ModelError, "'k' is discrete .Bernoulli"),
+    "discrete latent": (lambda: start(discrete, Y), ModelError, "'k' is discrete .Poisson"),
+    "discrete latent, enumerated one by one": (
+        lambda: start(sequential, Y),
+        ModelError,
+        "'k' is discrete .Bernoulli",
+    ),
+    "discrete latent that the model cannot broadcast": (
+        lambda: start(not_broadcasting, Y),
+        ModelError,
+        r"'k'\] could not be summed out in parallel",
+    ),
     "no latent site": (
         lambda: start(all_observed, Y),
         ModelError,
