@@ -52,10 +52,10 @@ def kernel_stein_discrepancy(
     kernel and bandwidth can be compared, and the median follows the particles: give a number to
     compare several sets of them.
 
-    Source: Liu, Lee & Jordan, A Kernelized Stein Discrepancy for Goodness-of-fit Tests, 2016;
-    Gorham & Mackey, Measuring Sample Quality with Kernels, 2017, who show that with light-tailed
-    kernels such as `RBF` it can vanish in three or more dimensions though the particles do not
-    converge, and not with `IMQ`.
+    Source: Liu, Lee & Jordan, A Kernelized Stein Discrepancy for Goodness-of-fit Tests, 2016
+    (arXiv 1602.03253); Gorham & Mackey, Measuring Sample Quality with Kernels, 2017 (arXiv
+    1703.01717), who show that with light-tailed kernels such as `RBF` it can vanish in three or
+    more dimensions though the particles do not converge, and not with `IMQ`.
 
     Args:
         particles: one row per particle, ``(particle, param)``.
@@ -236,8 +236,8 @@ def summary(inference: Any, *args: Any, space: Any = None, **kwargs: Any) -> dic
 
     Returns:
         ``squared_ksd``, that of `ksd` with its defaults; ``effective_particles`` by the inference's
-        kernel over all that the space compares, now; ``force_ratio`` of the last measured step; ``minimum_distance``,
-        ``median_distance`` and ``maximum_distance`` over pairs of particles.
+        kernel over all that the space compares, now; ``force_ratio`` of the last measured step;
+        ``minimum_distance``, ``median_distance`` and ``maximum_distance`` over pairs of particles.
 
     Raises:
         StateError: if no step has been taken.
