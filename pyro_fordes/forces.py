@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Evaluation, Gather, ravel, unravel
@@ -124,6 +125,13 @@ def compute_forces(
     return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
 
 
+def compute_scores(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Gradient of the log joint by each site's unconstrained values, ``(particle, *shape)``."""
+    leaves = list(evaluation.values.values())
+    gradients = _gradients(evaluation.log_joint.sum(), leaves, retain=False)
+    return dict(zip(evaluation.values, gradients, strict=True))
+
+
 def _in_weight_space(
     space: Weights, evaluation: Evaluation, drive: Tensor, leaves: list[Tensor], rule: Rule
 ) -> tuple[list[Tensor], list[Tensor], Repulsion]:
@@ -201,8 +209,7 @@ def _measure(
     repel = _norms(repelling) if repelling else torch.zeros_like(drive)
     effective = bandwidth = drive.new_tensor(math.nan)
     if repulsion is not None:
-        kernel = repulsion.kernel.mean
-        effective = kernel.shape[0] * kernel.shape[1] / kernel.sum()
+        effective = effective_particles(repulsion.kernel.mean)
         bandwidth = repulsion.kernel.bandwidth.mean()
     return {
         "step": step,

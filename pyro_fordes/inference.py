@@ -27,7 +27,7 @@ from pyro_fordes._checks import (
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
-from pyro_fordes.forces import Forces, Rule, compute_forces
+from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.optimizers import Optim, stepper
@@ -41,7 +41,7 @@ from pyro_fordes.particles import (
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.sites import pointwise_log_prob
-from pyro_fordes.spaces import InputGradients
+from pyro_fordes.spaces import InputGradients, Space
 from pyro_fordes.transports import WGD, Transport
 
 Callback = Callable[["ParticleInference", int, float], Any]
@@ -178,15 +178,12 @@ class ParticleInference:
         if self._particles:
             return
         self._log_joint.check_call(args, kwargs)
-        if self.transport.repulsive:
-            self.transport.check(self._space)
-            self._space.check(lambda key: self._log_joint.locate(key, args, kwargs))
-        prototype = self._log_joint.prototype(args, kwargs)
-        setting = self._log_joint.setting(args, kwargs, prototype)
-        latents = prototype.latents
         space = self._space
         if self.transport.repulsive:
-            space = space.prepare(setting)
+            self.transport.check(space)
+            space = self._prepare(space, args, kwargs)
+        prototype = self._log_joint.prototype(args, kwargs)
+        latents = prototype.latents
         particles = self._initial_particles(args, kwargs, prototype)
         buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
@@ -197,6 +194,12 @@ class ParticleInference:
         except BaseException:
             self._space, self._particles, self._buffers = self.kernel.space, {}, {}
             raise
+
+    def _prepare(self, space: Space, args: tuple, kwargs: Mapping[str, Any]) -> Space:
+        """A space made ready for the model, or an error that says why it does not fit."""
+        space.check(lambda key: self._log_joint.locate(key, args, kwargs))
+        prototype = self._log_joint.prototype(args, kwargs)
+        return space.prepare(self._log_joint.setting(args, kwargs, prototype))
 
     def _initial_particles(
         self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype
@@ -512,6 +515,18 @@ class ParticleInference:
         """The same as `get_samples`, under the name that ``pyro.infer.SVGD`` uses."""
         return self.get_samples()
 
+    def get_unconstrained(self) -> dict[str, Tensor]:
+        """Values of the latent sites in unconstrained space, where particles move.
+
+        Returns:
+            ``{site: (particle, *unconstrained shape)}``, detached.
+
+        Raises:
+            StateError: if there are no particles yet.
+        """
+        self._started()
+        return {name: value.detach().clone() for name, value in self._particles.items()}
+
     def diagnostics(self) -> dict[str, Any]:
         r"""What the last measured step showed (every ``diagnostics_every``-th is measured).
 
@@ -579,6 +594,67 @@ class ParticleInference:
                 self._particles, args, kwargs, buffers=self._buffers
             )
         return evaluation.log_joint
+
+    @torch.enable_grad()
+    def scores(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Gradient of the log joint, as `log_joint` gives it, by the unconstrained values.
+
+        The temperature is not included. Particles, buffers and random numbers stay as they are.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            ``{site: (particle, *unconstrained shape)}``, detached; zero where the log joint does
+            not depend on a value.
+        """
+        self.setup(*args, **kwargs)
+        with preserved_rng():
+            evaluation = self._log_joint.evaluate(
+                self._particles, args, kwargs, buffers=self._buffers
+            )
+        return compute_scores(evaluation)
+
+    @torch.enable_grad()
+    def representation(
+        self, *args: Any, space: Space | None = None, **kwargs: Any
+    ) -> Float[Tensor, "particle point feature"]:
+        """What a space compares of each particle.
+
+        Particles, buffers and random numbers stay as they are.
+
+        Args:
+            *args: arguments of the model.
+            space: any space; None for that of the kernel.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The representation, detached.
+
+        Raises:
+            FordesError: if the space does not fit the model and its arguments.
+        """
+        self.setup(*args, **kwargs)
+        if space is None and self.transport.repulsive:
+            space = self._space
+        else:
+            space = self.kernel.space if space is None else space
+            check_part("space", space, "represent", "a space such as Weights()")
+            space = self._prepare(space, args, kwargs)
+        # Nothing is differentiated by the particles, which keeps the graph small.
+        values = {name: value.detach() for name, value in self._particles.items()}
+        with preserved_rng():
+            evaluation = self._log_joint.evaluate(
+                values,
+                args,
+                kwargs,
+                capture=space.capture,
+                submodules=space.submodules,
+                input=space.input,
+                buffers=self._buffers,
+            )
+        return space.represent(evaluation).detach()
 
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""

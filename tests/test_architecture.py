@@ -19,13 +19,14 @@ ALLOWED = {
     "lengthscales": {"_checks"},
     "sites": {"particles"},
     "kernels": {"_checks", "particles"},
+    "diagnostics": {"_checks", "particles", "kernels"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
     "transports": {"_checks", "kernels"},
     "enumeration": set(),
     "prototype": {"_checks", "_random", "particles", "enumeration", "sites"},
     "log_joint": {"_checks", "particles", "enumeration", "prototype"},
     "io_arviz": {"_checks", "particles", "sites"},
-    "forces": {"particles", "kernels", "spaces", "transports", "log_joint"},
+    "forces": {"particles", "kernels", "diagnostics", "spaces", "transports", "log_joint"},
     "inference": {
         "_checks",
         "_random",
@@ -75,7 +76,8 @@ def test_the_table_has_levels():
 
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
-    for name in ("_checks", "_random", "particles", "kernels", "lengthscales", "transports"):
+    tensors_only = ("particles", "kernels", "lengthscales", "transports", "diagnostics")
+    for name in ("_checks", "_random", *tensors_only):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
