@@ -10,6 +10,7 @@ from pyro_fordes._checks import (
     StateError as StateError,
 )
 from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
+from pyro_fordes.function_spaces import Features as Features, Outputs as Outputs
 from pyro_fordes.inference import ParticleInference as ParticleInference
 from pyro_fordes.io_arviz import to_arviz as to_arviz
 from pyro_fordes.kernels import IMQ as IMQ, RBF as RBF, Fixed as Fixed, Median as Median

@@ -10,8 +10,8 @@ by the particles, :math:`V` held fixed, is the negative velocity.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,8 @@ from torch import Tensor
 from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.particles import Evaluation, Gather, ravel, unravel
-from pyro_fordes.spaces import Space, Weights
+from pyro_fordes.particles import Evaluation, Gather, Values, ravel, unravel
+from pyro_fordes.spaces import ScoredSpace, Space, Weights
 from pyro_fordes.transports import Repulsion, Transport
 
 
@@ -90,14 +90,8 @@ def compute_forces(
             return diagnostics.
     """
     space, repulsive = rule.space, rule.transport.repulsive
-    evaluation = log_joint.evaluate(
-        particles,
-        args,
-        kwargs,
-        capture=space.capture if repulsive else None,
-        submodules=space.submodules if repulsive else (),
-        input=space.input if repulsive else None,
-        buffers=buffers,
+    evaluation = evaluate_in(
+        space if repulsive else None, log_joint, particles, buffers, args, kwargs
     )
     leaves = list(particles.values())
     drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
@@ -107,7 +101,17 @@ def compute_forces(
     elif repulsive:
         representation = space.represent(evaluation)
         everyone = rule.gather(representation.detach())
-        repulsion = rule.transport.repel(rule.kernel, everyone, rule.gather.rows, rule.step)
+        scores = None
+        if rule.transport.uses_scores:
+            scored = cast("ScoredSpace", space)
+            scores = rule.gather(scored.scores(evaluation) / rule.temperature)
+        repulsion = rule.transport.repel(
+            rule.kernel, everyone, rule.gather.rows, rule.step, scores=scores
+        )
+        if repulsion.driving is not None:
+            likelihood = cast("ScoredSpace", space).likelihood(evaluation)
+            smoothed = (repulsion.driving * representation).sum()
+            drive = _own_prior(evaluation, likelihood, repulsion, rule) - smoothed
         repel = -rule.repulsion_scale * (repulsion.velocity * representation).sum()
         if not measure:
             gradients = _gradients((drive + repel) / rule.num_data, leaves, retain=False)
@@ -123,6 +127,62 @@ def compute_forces(
         _measure(rule.step, evaluation, repulsion, driving, repelling) if measure else None
     )
     return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
+
+
+def evaluate_in(
+    space: Space | None,
+    log_joint: LogJoint,
+    values: Values,
+    buffers: Values,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> Evaluation:
+    """Evaluate the model, and capture what a space compares (None: nothing).
+
+    Args:
+        space: the space, prepared.
+        log_joint: the model's log joint.
+        values: unconstrained values.
+        buffers: per-particle buffers of the model; not changed.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+    """
+    if space is None:
+        return log_joint.evaluate(values, args, kwargs, buffers=buffers)
+    extra = space.extra()
+    evaluation = log_joint.evaluate(
+        values,
+        args,
+        kwargs,
+        capture=space.capture if extra is None else None,
+        submodules=space.submodules if extra is None else (),
+        input=space.input,
+        buffers=buffers,
+    )
+    if extra is None:
+        return evaluation
+    captured = log_joint.replay(
+        values,
+        *extra,
+        log_joint.prototype(args, kwargs).latents,
+        capture=space.capture,
+        submodules=space.submodules,
+        buffers=buffers,
+    )
+    return replace(evaluation, captured=captured)
+
+
+def _own_prior(
+    evaluation: Evaluation, likelihood: Tensor, repulsion: Repulsion, rule: Rule
+) -> Tensor:
+    """Minus the log prior, where the transport smooths the likelihood in another space.
+
+    The prior is not known as a function of the representation. It acts on its particle alone, with
+    the mean weight that the kernel gives the particle's likelihood.
+    """
+    weight = repulsion.kernel.mean.mean(0)[rule.gather.rows].detach()
+    prior = (evaluation.log_density - likelihood) / rule.temperature + evaluation.log_det
+    return -(weight * prior).sum()
 
 
 def compute_scores(evaluation: Evaluation) -> dict[str, Tensor]:

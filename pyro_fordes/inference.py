@@ -8,6 +8,7 @@ transport's velocity :math:`V`. It is ascent on the log joint; the optimiser get
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from pyro_fordes._checks import (
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
-from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores
+from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores, evaluate_in
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.optimizers import Optim, stepper
@@ -181,7 +182,7 @@ class ParticleInference:
         space = self._space
         if self.transport.repulsive:
             self.transport.check(space)
-            space = self._prepare(space, args, kwargs)
+            space = self._prepare(space, args, kwargs, scores=self.transport.uses_scores)
         prototype = self._log_joint.prototype(args, kwargs)
         latents = prototype.latents
         particles = self._initial_particles(args, kwargs, prototype)
@@ -195,11 +196,14 @@ class ParticleInference:
             self._space, self._particles, self._buffers = self.kernel.space, {}, {}
             raise
 
-    def _prepare(self, space: Space, args: tuple, kwargs: Mapping[str, Any]) -> Space:
+    def _prepare(
+        self, space: Space, args: tuple, kwargs: Mapping[str, Any], *, scores: bool = False
+    ) -> Space:
         """A space made ready for the model, or an error that says why it does not fit."""
         space.check(lambda key: self._log_joint.locate(key, args, kwargs))
         prototype = self._log_joint.prototype(args, kwargs)
-        return space.prepare(self._log_joint.setting(args, kwargs, prototype))
+        setting = self._log_joint.setting(args, kwargs, prototype)
+        return space.prepare(replace(setting, scores=scores))
 
     def _initial_particles(
         self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype
@@ -645,15 +649,7 @@ class ParticleInference:
         # Nothing is differentiated by the particles, which keeps the graph small.
         values = {name: value.detach() for name, value in self._particles.items()}
         with preserved_rng():
-            evaluation = self._log_joint.evaluate(
-                values,
-                args,
-                kwargs,
-                capture=space.capture,
-                submodules=space.submodules,
-                input=space.input,
-                buffers=self._buffers,
-            )
+            evaluation = evaluate_in(space, self._log_joint, values, self._buffers, args, kwargs)
         return space.represent(evaluation).detach()
 
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:

@@ -174,12 +174,14 @@ class Setting:
         modules: paths of the model's submodules (empty for a plain function).
         trace: the trace of the prototype run.
         latents: the latent sites.
+        scores: whether the transport will ask for scores of the log joint.
     """
 
     locate: Callable[[int | str], tuple[str, Any]]
     modules: tuple[str, ...]
     trace: Any
     latents: Mapping[str, Latent]
+    scores: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """Reading Pyro traces: which sites are observed, and how likely the observations are."""
 
+import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_fordes.particles import Call
 
@@ -101,3 +106,84 @@ def pointwise_log_prob(call: Call) -> dict[str, Tensor]:
         )
         for name in observed_sites(call.trace)
     }
+
+
+def distribution_parameters(fn: Any) -> dict[str, Tensor]:
+    """Parameters of a distribution on the real line, with its batch dimensions on the left.
+
+    The logits where it has some, else every parameter that it was made from: those with a
+    constraint that torch can map to the real line are mapped (a scale becomes a log scale), others
+    are left as they are. Nothing for distributions without parameters of their own, such as
+    mixtures.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> distribution_parameters(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        {'loc': tensor([0., 0.]), 'scale': tensor([0., 0.])}
+    """
+    base = base_distribution(fn)
+    return {
+        name: _transform(base, name).inv(value) for name, value in _given_parameters(base).items()
+    }
+
+
+def log_likelihood_scores(site: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log likelihood of an observed site, scaled and masked, and its gradient.
+
+    Returns:
+        The log likelihood, and its gradient by each of the site's `distribution_parameters`,
+        without a graph.
+    """
+    fn = site["fn"]
+    base = base_distribution(fn)
+
+    def log_likelihood(parameters: Mapping[str, Tensor]) -> Tensor:
+        given = {name: _transform(base, name)(value) for name, value in parameters.items()}
+        log_prob = _with_base(fn, _remade(base, given)).log_prob(site["value"])
+        return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+
+    parameters = {name: value.detach() for name, value in distribution_parameters(fn).items()}
+    gradients = torch.func.grad(log_likelihood)(parameters)
+    log_prob = scale_and_mask(fn.log_prob(site["value"]), site["scale"], site["mask"]).sum()
+    return log_prob, gradients
+
+
+def _given_parameters(base: Any) -> dict[str, Tensor]:
+    """The parameters that a distribution was made from, with its batch dimensions."""
+    constraints = base.arg_constraints
+    names = ["logits"] if "logits" in constraints else [n for n in constraints if n in vars(base)]
+    found = {}
+    for name in names:
+        value = getattr(base, name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            batch, event_dim = base.batch_shape, constraints[name].event_dim
+            found[name] = value.expand(batch + value.shape[value.dim() - event_dim :])
+    return found
+
+
+def _transform(base: Any, name: str) -> Any:
+    """Map from the real line to a parameter, the identity where torch knows none."""
+    try:
+        return biject_to(base.arg_constraints[name])
+    except NotImplementedError:
+        return torch.distributions.transforms.identity_transform
+
+
+def _remade(base: Any, parameters: Mapping[str, Tensor]) -> Any:
+    """A distribution of the same kind with other parameters."""
+    names = inspect.signature(type(base).__init__).parameters
+    kept = {
+        name: value
+        for name, value in vars(base).items()
+        if name in names and name not in ("logits", "probs")
+    }
+    return type(base)(**{**kept, **parameters})
+
+
+def _with_base(fn: Any, base: Any) -> Any:
+    """A distribution with its innermost one replaced, all wrappers kept."""
+    if not hasattr(fn, "base_dist"):
+        return base
+    outer = copy.copy(fn)
+    outer.base_dist = _with_base(fn.base_dist, base)
+    return outer

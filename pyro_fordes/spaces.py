@@ -48,6 +48,11 @@ class Space(Protocol):
         """Whether the representation is the particle's own values."""
         ...
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether the gradient of the log likelihood (or log joint) by it is known, for `SVGD`."""
+        ...
+
     def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
         """Raise an `ArgumentError` if the model's arguments do not fit, before the model runs.
 
@@ -60,12 +65,28 @@ class Space(Protocol):
         """The space made ready for a model, or an error that says why it does not fit."""
         ...
 
+    def extra(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments of a further run, without observations, to capture; None for the step's."""
+        ...
+
     def capture(self, call: Call) -> Any:
         """What to keep of one particle's run: a tree of tensors."""
         ...
 
     def represent(self, evaluation: Evaluation) -> Float[Tensor, "particle point feature"]:
         """Representation of the particles."""
+        ...
+
+
+class ScoredSpace(Space, Protocol):
+    """A space other than that of the weights with ``has_scores``."""
+
+    def scores(self, evaluation: Evaluation) -> Float[Tensor, "particle point feature"]:
+        """Gradient of the log likelihood by the representation."""
+        ...
+
+    def likelihood(self, evaluation: Evaluation) -> Float[Tensor, " particle"]:
+        """Log likelihood on the scale of the full data: the log density less the prior's."""
         ...
 
 
@@ -92,6 +113,7 @@ class Weights:
     input: None = None
     submodules: tuple[str, ...] = ()
     own_values: bool = True
+    has_scores: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a bare string, which would be read letter by letter, and unknown groups."""
@@ -114,6 +136,9 @@ class Weights:
                 f"{list(setting.latents)}"
             )
         return self
+
+    def extra(self) -> None:
+        """None: the values are at hand."""
 
     def capture(self, call: Call) -> tuple[()]:
         """Nothing: the values are at hand."""
@@ -196,6 +221,7 @@ class InputGradients:
     eps: float = 1e-12
     submodules: tuple[str, ...] = ()
     own_values: bool = False
+    has_scores: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that do not depend on a model."""
@@ -278,6 +304,9 @@ class InputGradients:
             submodules=tuple(paths),
         )
         return ready
+
+    def extra(self) -> None:
+        """None: gradients are those of the step's run."""
 
     def capture(self, call: Call) -> tuple[Tensor, ...]:
         """The outputs of one particle, each ``(point, output)``."""

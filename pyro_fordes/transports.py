@@ -231,9 +231,9 @@ class SVGD:
     .. math:: v_i = \frac1M \sum_j \left[ k(\theta_j, \theta_i) \nabla \log p(\theta_j \mid D)
         + \nabla_{\theta_j} k(\theta_j, \theta_i) \right]
 
-    Source: Liu & Wang 2016, Eq. 8. Defined in weight space. `RBF` with one joint bandwidth is the
-    textbook rule; ``Weights(group="coordinate")`` has one kernel per coordinate, as Pyro's SVGD
-    does by default.
+    Source: Liu & Wang 2016, Eq. 8. In weight space, `RBF` with one joint bandwidth is the textbook
+    rule; ``Weights(group="coordinate")`` has one kernel per coordinate, as Pyro's SVGD does by
+    default. In function space (`Outputs`) it is f-SVGD.
 
     Example:
         >>> from pyro_fordes import RBF, Fixed, Weights
@@ -254,11 +254,12 @@ class SVGD:
         return True
 
     def check(self, space: Any) -> None:
-        """The smoothed gradient is one by the particles' own values."""
-        if not space.own_values:
+        """What is smoothed is the gradient of the log joint by what is compared."""
+        if not space.has_scores:
             raise ArgumentError(
-                f"SVGD() is defined in weight space only, got {type(space).__name__}; use "
-                f"RBF(Weights()), or WGD() in this space"
+                f"SVGD() needs the log likelihood as a function of what is compared. It is known "
+                f"in Weights() and, for the observed sites on the batch, in Outputs(), but not in "
+                f"{type(space).__name__} as given; use one of these, or WGD() in this space"
             )
 
     def repel(

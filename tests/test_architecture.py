@@ -21,6 +21,7 @@ ALLOWED = {
     "kernels": {"_checks", "particles"},
     "diagnostics": {"_checks", "particles", "kernels"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
+    "function_spaces": {"_checks", "particles", "sites"},
     "transports": {"_checks", "kernels"},
     "enumeration": set(),
     "prototype": {"_checks", "_random", "particles", "enumeration", "sites"},

@@ -16,15 +16,18 @@ from pyro_fordes import (
     WGD,
     ArgumentError,
     Ensemble,
+    Features,
     Fixed,
     InputGradients,
     Median,
+    Outputs,
     ParticleInference,
     Weights,
     bayesianize,
     pca_lengthscale,
     tuned_lengthscale,
 )
+from pyro_fordes.forces import evaluate_in
 from pyro_fordes.kernels import squared_distances
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -54,6 +57,14 @@ SPACES = {
     "InputGradients, tuned": InputGradients(
         "x", output="logits", lengthscale=tuned_lengthscale(X, 0.3)
     ),
+    "Outputs": Outputs(),
+    "Outputs, point by point": Outputs(group="point"),
+    "Outputs of a site": Outputs("logits"),
+    "Outputs of a submodule": Outputs("net"),
+    "Outputs of a function": Outputs(lambda trace: trace.nodes["logits"]["value"].tanh()),
+    "Outputs on other points": Outputs(points=X[:3] + 1.0, group="point"),
+    "Features": Features("net.1"),
+    "Features on other points": Features("net.1", points={"x": X[:2] - 1.0}),
 }
 TRANSPORTS = {
     "WGD(kde)": WGD("kde"),
@@ -267,14 +278,7 @@ def represented(space, vectorize="vmap", order=None, num_particles=4):
     if order is not None:
         particles = {n: v.detach()[order].requires_grad_() for n, v in particles.items()}
     ready = inference._space
-    evaluation = inference._log_joint.evaluate(
-        particles,
-        (X, Y),
-        {},
-        capture=ready.capture,
-        submodules=ready.submodules,
-        input=ready.input,
-    )
+    evaluation = evaluate_in(ready, inference._log_joint, particles, {}, (X, Y), {})
     return ready.represent(evaluation), particles
 
 
@@ -315,9 +319,9 @@ def test_every_space_trains_with_every_transport(name, transport):
     inference = ParticleInference(
         Model(), pyro.optim.Adam({"lr": 0.02}), 4, kernel=RBF(space), transport=rule, seed=0
     )
-    in_weights_only = rule.uses_scores or (isinstance(rule, WGD) and rule.calibrate)
-    if in_weights_only and not space.own_values:
-        with pytest.raises(ArgumentError, match="weight space only"):
+    calibrated = isinstance(rule, WGD) and rule.calibrate
+    if (rule.uses_scores and not space.has_scores) or (calibrated and not space.own_values):
+        with pytest.raises(ArgumentError, match=r"weight space only|needs the log likelihood"):
             inference.setup(X, Y)
         return
     losses = inference.run(30, X, Y, progress_bar=False)
