@@ -17,6 +17,8 @@ ALLOWED = {
     "optimizers": {"_checks"},
     "bnn": {"_checks"},
     "lengthscales": {"_checks"},
+    "dynamics": {"_checks"},
+    "schedules": {"_checks", "particles"},
     "sites": {"particles"},
     "kernels": {"_checks", "particles"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
@@ -74,7 +76,8 @@ def test_the_table_has_levels():
 
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
-    for name in ("_checks", "_random", "particles", "kernels", "lengthscales", "transports"):
+    tensors_only = ("_checks", "_random", "particles", "kernels", "lengthscales", "transports")
+    for name in (*tensors_only, "schedules", "dynamics"):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
