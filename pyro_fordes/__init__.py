@@ -10,6 +10,7 @@ from pyro_fordes._checks import (
     StateError as StateError,
 )
 from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
+from pyro_fordes.dynamics import WAG as WAG, Langevin as Langevin, WNes as WNes
 from pyro_fordes.function_spaces import Features as Features, Outputs as Outputs
 from pyro_fordes.inference import ParticleInference as ParticleInference
 from pyro_fordes.io_arviz import to_arviz as to_arviz
@@ -21,6 +22,13 @@ from pyro_fordes.lengthscales import (
     tuned_lengthscale as tuned_lengthscale,
 )
 from pyro_fordes.log_joint import LogJoint as LogJoint
+from pyro_fordes.schedules import (
+    Constant as Constant,
+    Cyclic as Cyclic,
+    Inverse as Inverse,
+    Linear as Linear,
+    Tanh as Tanh,
+)
 from pyro_fordes.spaces import InputGradients as InputGradients, Weights as Weights
 from pyro_fordes.transports import SVGD as SVGD, WGD as WGD, Ensemble as Ensemble
 

@@ -289,7 +289,8 @@ class ParticleInference:
             tensor.grad = gradients[name]
         before = self._copy(parameters)
         try:
-            self._stepper.step(parameters)
+            with self._random.active():  # an optimiser may draw noise
+                self._stepper.step(parameters)
         except BaseException:
             # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
             with torch.no_grad():

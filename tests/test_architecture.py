@@ -17,6 +17,8 @@ ALLOWED = {
     "optimizers": {"_checks"},
     "bnn": {"_checks"},
     "lengthscales": {"_checks"},
+    "dynamics": {"_checks"},
+    "schedules": {"_checks", "particles"},
     "sites": {"particles"},
     "kernels": {"_checks", "particles"},
     "diagnostics": {"_checks", "particles", "kernels"},
@@ -78,7 +80,7 @@ def test_the_table_has_levels():
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
     tensors_only = ("particles", "kernels", "lengthscales", "transports", "diagnostics")
-    for name in ("_checks", "_random", *tensors_only):
+    for name in ("_checks", "_random", *tensors_only, "schedules", "dynamics"):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
