@@ -20,7 +20,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -36,7 +36,13 @@ from pyro_fordes.particles import (
     Subsample,
     Values,
 )
-from pyro_fordes.prototype import Prototype, drawing_plates, named_buffers, run_prototype
+from pyro_fordes.prototype import (
+    Prototype,
+    drawing_plates,
+    module_of,
+    named_buffers,
+    run_prototype,
+)
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -111,17 +117,20 @@ class LogJoint:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self._signature = _signature(model)
-        self._wrapped = _Wrapped(model) if isinstance(model, nn.Module) else None
+        self._module = module_of(model)
+        self._wrapped = None if self._module is None else _Wrapped(self._module)
         self._prototypes: dict[Any, Prototype] = {}
         self._first: Prototype | None = None
         # Pyro makes every parameter that it meets require a gradient.
         self._frozen = {
             name
-            for name, parameter in (
-                model.named_parameters() if isinstance(model, nn.Module) else ()
-            )
+            for name, parameter in self._own_parameters().items()
             if not parameter.requires_grad
         }
+
+    def _own_parameters(self) -> dict[str, Tensor]:
+        """The parameters of the model's module, by name."""
+        return {} if self._module is None else dict(self._module.named_parameters())
 
     # ---------------------------------------------------------------- arguments
 
@@ -194,7 +203,7 @@ class LogJoint:
         Raises:
             ModelError: if the model has no latent site, or one that particles cannot represent.
         """
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        modules = () if self._module is None else self._module.modules()
         key = _shapes((args, dict(kwargs))), tuple(module.training for module in modules)
         if key not in self._prototypes:
             self.check_call(args, kwargs)
@@ -208,11 +217,8 @@ class LogJoint:
 
     def setting(self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype) -> Setting:
         """What a space may check itself against."""
-        paths = (
-            tuple(name for name, _ in self.model.named_modules() if name)
-            if isinstance(self.model, nn.Module)
-            else ()
-        )
+        named = () if self._module is None else self._module.named_modules()
+        paths = tuple(name for name, _ in named if name)
         return Setting(
             lambda key: self.locate(key, args, kwargs),
             paths,
@@ -244,7 +250,8 @@ class LogJoint:
                     f"init_loc_fn gave {got} for site '{site['name']}'; wanted a tensor of shape "
                     f"{tuple(wanted)}"
                 )
-            return value
+            latent = latents[site["name"]]
+            return value.to(device=latent.device, dtype=latent.dtype)
 
         buffers = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -318,9 +325,7 @@ class LogJoint:
         stacked = self.stack_buffers(prototype, count)
         stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         shared: dict[str, Tensor] = {}
-        own_parameters = (
-            dict(self.model.named_parameters()) if isinstance(self.model, nn.Module) else {}
-        )
+        own_parameters = self._own_parameters()
 
         def run(
             particle: Mapping[str, Tensor],
@@ -467,7 +472,7 @@ class LogJoint:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""
         if self.vectorize != "auto":
             return self.vectorize
-        modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+        modules = [] if self._module is None else list(self._module.modules())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             return "loop"
         has_convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in modules)
@@ -509,7 +514,7 @@ class LogJoint:
                 def hook(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
                     outputs[path] = output
 
-                handle = self.model.get_submodule(path).register_forward_hook(hook)  # type: ignore[attr-defined]
+                handle = self._module.get_submodule(path).register_forward_hook(hook)  # type: ignore[union-attr]
                 stack.callback(handle.remove)
             yield outputs
 
@@ -517,7 +522,8 @@ class LogJoint:
 def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
     """Signature of the function that Pyro calls, None where it cannot be known."""
     try:
-        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        inner = unwrap(model)
+        return inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner)
     except (TypeError, ValueError):
         return None
 

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.messenger import unwrap
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
@@ -46,9 +47,22 @@ class Prototype:
     max_plate_nesting: int = 0
 
 
+def module_of(model: Callable[..., Any]) -> nn.Module | None:
+    """The module that a model is, also inside Pyro's handlers; None for a function.
+
+    Example:
+        >>> module = pyro.nn.PyroModule[nn.Linear](2, 1)
+        >>> module_of(poutine.scale(module, 2.0)) is module
+        True
+    """
+    inner = unwrap(model)
+    return inner if isinstance(inner, nn.Module) else None
+
+
 def named_buffers(model: Callable[..., Any]) -> dict[str, Tensor]:
     """The module buffers of a model, by name (none for a plain function)."""
-    return dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    module = module_of(model)
+    return {} if module is None else dict(module.named_buffers())
 
 
 def run_prototype(
@@ -150,11 +164,12 @@ def _check_enumeration(
 
 def _running_statistics(model: Callable[..., Any]) -> set[str]:
     """Buffers of normalisation layers, which change in train mode though not in this run."""
-    if not isinstance(model, nn.Module):
+    root = module_of(model)
+    if root is None:
         return set()
     return {
         f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
+        for path, module in root.named_modules()
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for name, _ in module.named_buffers(recurse=False)
         if name in ("running_mean", "running_var", "num_batches_tracked")
