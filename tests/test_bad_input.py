@@ -593,7 +593,7 @@ PARTS = {
     "SVGD on input gradients": (
         lambda: start(Regression(), X, Y, kernel=RBF(InputGradients("x")), transport=SVGD()),
         ArgumentError,
-        r"SVGD\(\) is defined in weight space only, got InputGradients; use RBF\(Weights",
+        r"SVGD\(\) needs the log likelihood .* not in InputGradients as given; use one of these",
     ),
     "Median per": (
         lambda: Median(per="row"),

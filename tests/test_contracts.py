@@ -1,6 +1,8 @@
 """Contracts that every kernel, space and transport keeps; a new one is a line in a table."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -32,6 +34,18 @@ from pyro_fordes.kernels import squared_distances
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def documented(name):
+    """An instance of a class that docs/extending.md defines, with its default arguments."""
+    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    namespace = {"__name__": "docs"}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "extending.md", "exec"), namespace)
+        if name in namespace:
+            return namespace[name]()
+    raise AssertionError(f"docs/extending.md defines no {name}")
+
 
 # name: (kernel, whether it is symmetric)
 KERNELS = {
@@ -76,6 +90,7 @@ TRANSPORTS = {
     "WGD(sge), calibrated": WGD("sge", whiten="full", calibrate=True),
     "WGD(sge), calibrated diag": WGD("sge", whiten="diag", calibrate=True),
     "SVGD": SVGD(),
+    "HybridSVGD": documented("HybridSVGD"),
     "Ensemble": Ensemble(),
 }
 
