@@ -18,7 +18,8 @@ ALLOWED = {
     "bnn": {"_checks"},
     "lengthscales": {"_checks"},
     "sites": {"particles"},
-    "kernels": {"_checks", "particles"},
+    "bandwidths": {"_checks", "particles"},
+    "kernels": {"_checks", "bandwidths"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
     "transports": {"_checks", "kernels"},
     "prototype": {"_checks", "_random", "particles", "sites"},
@@ -74,7 +75,8 @@ def test_the_table_has_levels():
 
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
-    for name in ("_checks", "_random", "particles", "kernels", "lengthscales", "transports"):
+    names = ("_checks", "_random", "particles", "bandwidths", "kernels", "lengthscales")
+    for name in (*names, "transports"):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
