@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_fordes import (
     IMQ,
     RBF,
+    SVGD,
     WGD,
     ArgumentError,
     Fixed,
@@ -284,9 +285,13 @@ def test_kernels_of_pyro(particles):
     """Pyro's own kernels, one per coordinate; IMQ is the same up to a constant."""
     x = representation(particles, 3, 1)
     options = {"log1p": True, "diagonal": False, "interpolation": "lower"}
-    log_kernel, _ = RBFSteinKernel(bandwidth_factor=0.7).log_kernel_and_grad(x[..., 0])
-    found = RBF(Weights(), Median(factor=0.7, **options)).evaluate(x, pooled=False).value
-    torch.testing.assert_close(found, log_kernel.exp().permute(2, 0, 1))
+    log_kernel, grad = RBFSteinKernel(bandwidth_factor=0.7).log_kernel_and_grad(x[..., 0])
+    kernel = RBF(Weights(), Median(factor=0.7, **options))
+    found = SVGD().repel(kernel, x, scores=torch.zeros_like(x), pooled=False)
+    torch.testing.assert_close(found.kernel.value, log_kernel.exp().permute(2, 0, 1))
+    # Pyro adds this to the gradient of a loss.
+    descent = (log_kernel.exp() * grad).sum(1) / particles
+    torch.testing.assert_close(found.velocity[..., 0], -descent)
     log_kernel, _ = IMQSteinKernel(bandwidth_factor=0.7).log_kernel_and_grad(x[..., 0])
     found = IMQ(Weights(), Median(factor=0.35, **options)).evaluate(x, pooled=False).value
     torch.testing.assert_close(found * math.sqrt(2), log_kernel.exp().permute(2, 0, 1))
