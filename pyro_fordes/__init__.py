@@ -9,12 +9,13 @@ from pyro_fordes._checks import (
     NumericalError as NumericalError,
     StateError as StateError,
 )
+from pyro_fordes.bandwidths import Fixed as Fixed, HeatEquation as HeatEquation, Median as Median
 from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
 from pyro_fordes.dynamics import WAG as WAG, Langevin as Langevin, WNes as WNes
 from pyro_fordes.function_spaces import Features as Features, Outputs as Outputs
 from pyro_fordes.inference import ParticleInference as ParticleInference
 from pyro_fordes.io_arviz import to_arviz as to_arviz
-from pyro_fordes.kernels import IMQ as IMQ, RBF as RBF, Fixed as Fixed, Median as Median
+from pyro_fordes.kernels import IMQ as IMQ, RBF as RBF, Mixture as Mixture
 from pyro_fordes.lengthscales import (
     Lengthscale as Lengthscale,
     identity_lengthscale as identity_lengthscale,

@@ -23,7 +23,8 @@ from pyro_fordes._checks import (
     check_number,
     describe,
 )
-from pyro_fordes.kernels import Bandwidth, Fixed, Median, squared_distances
+from pyro_fordes.bandwidths import Bandwidth, Fixed, Median
+from pyro_fordes.kernels import squared_distances
 from pyro_fordes.particles import ravel
 
 
@@ -87,7 +88,7 @@ def kernel_stein_discrepancy(
     # their digits.
     x, s = particles - particles.mean(0), scores - scores.mean(0)
     distances = squared_distances(x.unsqueeze(1)).squeeze(0)
-    h = _one_bandwidth(bandwidth, distances)
+    h = _one_bandwidth(bandwidth, distances, size)
     value, slope, curvature = _profile(kernel, distances, h, beta)
     products = s @ x.T
     own = products.diagonal()
@@ -301,7 +302,9 @@ def _profile(
 
 
 def _one_bandwidth(
-    bandwidth: float | Bandwidth | None, distances: Float[Tensor, "particle particle"]
+    bandwidth: float | Bandwidth | None,
+    distances: Float[Tensor, "particle particle"],
+    features: int,
 ) -> Float[Tensor, ""]:
     """The bandwidth of all pairs from a number, a rule or None."""
     if bandwidth is None:
@@ -310,7 +313,7 @@ def _one_bandwidth(
         rule = bandwidth
     else:
         rule = Fixed(check_number("bandwidth", bandwidth, minimum=0.0, exclusive=True))
-    h = rule(distances.unsqueeze(0), 0)
+    h = rule(distances.unsqueeze(0), 0, features)
     if h.numel() != 1:
         raise ArgumentError(
             f"bandwidth must be a number or a rule with one bandwidth for all pairs, such as "

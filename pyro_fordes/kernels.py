@@ -1,4 +1,4 @@
-r"""Base kernels between representations, and rules for their bandwidth.
+r"""Base kernels between representations.
 
 Convention: a radial kernel is a function of the squared distance over a bandwidth :math:`h`
 in squared units,
@@ -10,7 +10,7 @@ gradients are closed forms; nothing of size particle x particle x point x featur
 :math:`\nabla_r \kappa = \mathrm{slope} \cdot (r - r')` needs only matrix products.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,18 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_choice, check_number, check_part
-from pyro_fordes.particles import Schedule, at_step
-
-
-class Bandwidth(Protocol):
-    """A rule for the bandwidth, from all squared distances."""
-
-    def __call__(
-        self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point 1 #particle"]:
-        """Bandwidth per point (and second particle, where the rule has one per particle)."""
-        ...
+from pyro_fordes._checks import ArgumentError, check_number, check_part
+from pyro_fordes.bandwidths import Bandwidth, Median
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,8 @@ class KernelMatrix:
         value: :math:`\kappa(r_{ib}, r_{jb})`.
         slope: the number for which :math:`\nabla_{r_{ib}} \kappa = \mathrm{slope}\,
             (r_{ib} - r_{jb})`.
-        bandwidth: what the rule gave, broadcastable against the above.
+        bandwidth: what the rule gave (for a mixture the weighted mean), broadcastable against the
+            above.
         rows: which of all particles are the local ones.
         everyone: representation of all particles, centred.
         pooled: whether points are averaged to one kernel between particles; if not, each point is a
@@ -129,117 +120,6 @@ def squared_distances(
     return distances
 
 
-def _middle(values: Tensor, ranks: tuple[int, int]) -> Tensor:
-    """Mean of two order statistics (0-based ranks) along the last axis."""
-    low, high = ranks
-    # Selecting twice is faster than sorting, and than kthvalue, which selects one at a time.
-    smallest = values.topk(high + 1, dim=-1, largest=False, sorted=False).values
-    return smallest.topk(high - low + 1, dim=-1, sorted=False).values.mean(-1)
-
-
-@dataclass(frozen=True)
-class Median:
-    r"""Median heuristic: :math:`h = \mathrm{factor} \cdot m / (2 \log M)`.
-
-    :math:`m` is the median of the squared distances, zeros of a particle to itself included and
-    the mean of the two middle values where their number is even, and :math:`M` the number of
-    particles; then :math:`\sum_j k_{ij} \approx 1 + M \cdot M^{-1}`. FoRDE (Section 3.4) takes the
-    median over all pairs at each point. Its published code takes it over the first particle only,
-    so that each second particle has its own bandwidth at each point and the kernel is not
-    symmetric: ``per="particle"``. No gradient flows through the bandwidth.
-
-    Where more than half of the distances are zero the median says nothing, and their mean takes
-    its place; where all are zero, or there is one particle, the bandwidth is 1 (and no force acts).
-
-    Args:
-        per: ``"point"`` (the paper) or ``"particle"`` (its code).
-        factor: a positive number, or a function of the step that gives one.
-
-    Raises:
-        ArgumentError: if an argument is out of range.
-
-    Example:
-        >>> distances = torch.tensor([[[0.0, 4.0], [4.0, 0.0]]])
-        >>> Median()(distances, step=0) * 2 * math.log(2)
-        tensor([[[2.]]])
-    """
-
-    per: str = "point"
-    factor: Schedule = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_choice("Median(per=...)", self.per, ("point", "particle"))
-        if not callable(self.factor):
-            check_number("Median(factor=...)", self.factor, minimum=0.0, exclusive=True)
-
-    def __call__(
-        self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point 1 #particle"]:
-        """Bandwidth per point, or per point and second particle."""
-        count = distances.shape[-1]
-        if count == 1:
-            return torch.ones_like(distances)
-        factor = at_step("Median(factor=...)", self.factor, step, exclusive=True)
-        if self.per == "particle":
-            middle = _middle(distances.mT, ((count - 1) // 2, count // 2)).unsqueeze(-2)
-            mean = distances.mean(-2, keepdim=True)
-        else:
-            middle = self._median_of_pairs(distances)[:, None, None]
-            mean = distances.mean((-2, -1), keepdim=True)
-        # Rounding leaves distances of this order between equal representations.
-        noise = 16 * torch.finfo(distances.dtype).eps * distances.amax((-2, -1), keepdim=True)
-        spread = torch.where(middle > noise, middle, mean)
-        bandwidth = factor * spread / (2 * math.log(count))
-        return torch.where(bandwidth > 0, bandwidth, torch.ones_like(bandwidth))
-
-    @staticmethod
-    def _median_of_pairs(
-        distances: Float[Tensor, "point particle particle"],
-    ) -> Float[Tensor, " point"]:
-        """Median of the whole symmetric matrix from its upper triangle (half the work)."""
-        count = distances.shape[-1]
-        rows, columns = torch.triu_indices(count, count, offset=1, device=distances.device)
-        pairs = distances.flatten(1).index_select(1, rows * count + columns)
-        # In the sorted matrix the diagonal's zeros come first, then each pair twice.
-        low, high = ((rank - count) // 2 for rank in ((count**2 - 1) // 2, count**2 // 2))
-        if low < 0:  # two particles: a zero and the only pair are in the middle
-            return pairs[:, 0] / 2
-        return _middle(pairs, (low, high))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A bandwidth given by the user, in squared units of the representation.
-
-    In weight space it is the variance of the kernel density estimate's components.
-
-    Args:
-        value: a positive number, or a function of the step that gives one.
-
-    Raises:
-        ArgumentError: if the value is not positive.
-
-    Example:
-        >>> Fixed(0.5)(torch.zeros(1, 3, 3), step=0)
-        tensor([[[0.5000]]])
-    """
-
-    value: Schedule
-
-    def __post_init__(self) -> None:
-        """Check the argument."""
-        if not callable(self.value):
-            check_number("Fixed(value=...)", self.value, minimum=0.0, exclusive=True)
-
-    def __call__(
-        self, distances: Float[Tensor, "point particle particle"], step: int
-    ) -> Float[Tensor, "point 1 #particle"]:
-        """The value, as one bandwidth per point."""
-        value = at_step("Fixed(value=...)", self.value, step, exclusive=True)
-        return distances.new_full((len(distances), 1, 1), value)
-
-
 @dataclass(frozen=True)
 class RBF:
     r"""Gaussian kernel :math:`\exp(-\lVert r - r'\rVert^2 / (2h))`, averaged over points.
@@ -249,13 +129,13 @@ class RBF:
 
     Args:
         space: where particles are compared, such as `Weights` or `InputGradients`.
-        bandwidth: rule for :math:`h`; `Median` or `Fixed`.
+        bandwidth: rule for :math:`h`; `Median`, `Fixed` or `HeatEquation`.
 
     Raises:
         ArgumentError: if ``space`` or ``bandwidth`` is of the wrong kind.
 
     Example:
-        >>> from pyro_fordes import Weights
+        >>> from pyro_fordes import Fixed, Weights
         >>> kernel = RBF(Weights(), bandwidth=Fixed(0.5))
         >>> r = torch.tensor([[[0.0]], [[1.0]]])
         >>> kernel.evaluate(r).mean
@@ -298,14 +178,14 @@ class IMQ:
 
     Args:
         space: where particles are compared, such as `Weights` or `InputGradients`.
-        bandwidth: rule for :math:`h`; `Median` or `Fixed`.
+        bandwidth: rule for :math:`h`; `Median`, `Fixed` or `HeatEquation`.
         beta: the exponent, between -1 and 0.
 
     Raises:
         ArgumentError: if an argument is of the wrong kind or out of range.
 
     Example:
-        >>> from pyro_fordes import Weights
+        >>> from pyro_fordes import Fixed, Weights
         >>> kernel = IMQ(Weights(), bandwidth=Fixed(0.5))
         >>> kernel.evaluate(torch.tensor([[[0.0]], [[1.0]]])).mean
         tensor([[1.0000, 0.7071],
@@ -340,6 +220,89 @@ class IMQ:
         return evaluate_radial(self, everyone, rows, step, pooled)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    r"""Weighted mean of kernels in one space, each with a bandwidth of its own.
+
+    .. math:: \kappa(r, r') = \sum_m w_m \kappa_m(r, r'), \qquad \sum_m w_m = 1
+
+    A sum over several bandwidths acts at several distances at once.
+
+    Args:
+        kernels: `RBF` and `IMQ` kernels, all with the same space.
+        weights: positive numbers, one per kernel, which are divided by their sum; equal if None.
+
+    Raises:
+        ArgumentError: if an argument is of the wrong kind or the spaces differ.
+
+    Example:
+        >>> from pyro_fordes import Fixed, Weights
+        >>> kernels = [RBF(Weights(), Fixed(0.5)), IMQ(Weights(), Fixed(0.5))]
+        >>> mixture = Mixture(kernels, weights=[3, 1])
+        >>> mixture.evaluate(torch.tensor([[[0.0]], [[1.0]]])).mean
+        tensor([[1.0000, 0.4527],
+                [0.4527, 1.0000]])
+    """
+
+    kernels: Sequence[Any]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments and make them tuples, weights with sum 1."""
+        if not isinstance(self.kernels, list | tuple) or not self.kernels:
+            raise ArgumentError(
+                f"Mixture(kernels=...) must be a list of kernels such as [RBF(Weights()), "
+                f"IMQ(Weights())], got {self.kernels!r}"
+            )
+        for index, kernel in enumerate(self.kernels):
+            name = f"Mixture(kernels=...)[{index}]"
+            check_part(name, kernel, "profile", "a kernel such as RBF(...) or IMQ(...)")
+            if kernel.space != self.space:
+                raise ArgumentError(
+                    f"{name} compares particles in {kernel.space!r}, the first kernel in "
+                    f"{self.space!r}; give all kernels of a mixture the same space object"
+                )
+        weights = [1.0] * len(self.kernels) if self.weights is None else self.weights
+        if not isinstance(weights, list | tuple) or len(weights) != len(self.kernels):
+            raise ArgumentError(
+                f"Mixture(weights=...) must be a list of {len(self.kernels)} numbers, one per "
+                f"kernel, got {weights!r}"
+            )
+        numbers = [
+            check_number(f"Mixture(weights=...)[{index}]", weight, minimum=0.0, exclusive=True)
+            for index, weight in enumerate(weights)
+        ]
+        object.__setattr__(self, "kernels", tuple(self.kernels))
+        object.__setattr__(self, "weights", tuple(number / sum(numbers) for number in numbers))
+
+    @property
+    def space(self) -> Any:
+        """Where particles are compared: the space of all kernels."""
+        return self.kernels[0].space
+
+    def evaluate(
+        self,
+        everyone: Float[Tensor, "particle point feature"],
+        rows: slice = slice(None),
+        step: int = 0,
+        *,
+        pooled: bool = True,
+    ) -> KernelMatrix:
+        """Kernel between the local and all particles, from distances computed once."""
+        everyone = everyone - everyone.mean(0, keepdim=True)
+        distances = squared_distances(everyone)
+        value: Any = 0.0
+        slope: Any = 0.0
+        bandwidth: Any = 0.0
+        for weight, kernel in zip(self.weights or (), self.kernels, strict=True):
+            part = kernel.bandwidth(distances, step, everyone.shape[-1])
+            values, slopes = kernel.profile(distances[:, rows], part)
+            value = value + weight * values
+            slope = slope + weight * slopes
+            bandwidth = bandwidth + weight * part
+        return KernelMatrix(value, slope, bandwidth, rows, everyone, pooled)
+
+
 def evaluate_radial(
     kernel: Any,
     everyone: Float[Tensor, "particle point feature"],
@@ -361,7 +324,7 @@ def evaluate_radial(
     """
     everyone = everyone - everyone.mean(0, keepdim=True)
     distances = squared_distances(everyone)
-    bandwidth = kernel.bandwidth(distances, step)
+    bandwidth = kernel.bandwidth(distances, step, everyone.shape[-1])
     value, slope = kernel.profile(distances[:, rows], bandwidth)
     return KernelMatrix(value, slope, bandwidth, rows, everyone, pooled)
 

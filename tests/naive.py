@@ -27,6 +27,23 @@ def bandwidth(r, per):
     return h
 
 
+def heat_error(x, h):
+    """h^(D+2) sum_k lambda(x_k)^2 of the density estimate, all derivatives by autograd."""
+    dimension = x.shape[1]
+
+    def q(y, centres):
+        kernels = torch.exp(-((y - centres) ** 2).sum(-1) / (2 * h))
+        return h ** (-dimension / 2) * kernels.sum()
+
+    score = torch.stack([torch.func.grad(lambda y: q(y, x).log())(point) for point in x])
+    total = torch.zeros((), dtype=x.dtype)
+    for point in x:
+        laplacian = torch.func.jacrev(torch.func.grad(lambda y: q(y, x)))(point).trace()
+        by_centres = torch.func.grad(lambda centres, point=point: q(point, centres))(x)
+        total = total + (laplacian + (by_centres * score).sum()) ** 2
+    return h ** (dimension + 2) * total
+
+
 def log_kernel_sum(r, h):
     """sum_i log sum_j mean_b k(r_i, stopped r_j), by explicit differences."""
     total = torch.zeros((), dtype=r.dtype)

@@ -20,8 +20,9 @@ ALLOWED = {
     "dynamics": {"_checks"},
     "schedules": {"_checks", "particles"},
     "sites": {"particles"},
-    "kernels": {"_checks", "particles"},
-    "diagnostics": {"_checks", "particles", "kernels"},
+    "bandwidths": {"_checks", "particles"},
+    "kernels": {"_checks", "bandwidths"},
+    "diagnostics": {"_checks", "particles", "bandwidths", "kernels"},
     "spaces": {"_checks", "particles", "lengthscales", "sites"},
     "function_spaces": {"_checks", "particles", "sites"},
     "transports": {"_checks", "kernels"},
@@ -79,8 +80,9 @@ def test_the_table_has_levels():
 
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
-    tensors_only = ("particles", "kernels", "lengthscales", "transports", "diagnostics")
-    for name in ("_checks", "_random", *tensors_only, "schedules", "dynamics"):
+    tensors_only = ("particles", "bandwidths", "kernels", "lengthscales", "transports")
+    others = ("diagnostics", "schedules", "dynamics")
+    for name in ("_checks", "_random", *tensors_only, *others):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]

@@ -26,6 +26,7 @@ from pyro_fordes import (
     FordesError,
     InputGradients,
     Median,
+    Mixture,
     ModelError,
     NumericalError,
     ParticleInference,
@@ -599,6 +600,41 @@ PARTS = {
         lambda: Median(per="row"),
         ArgumentError,
         r"Median\(per=\.\.\.\) must be one of 'point', 'particle'; got 'row'",
+    ),
+    "Median interpolation": (
+        lambda: Median(interpolation="linear"),
+        ArgumentError,
+        r"Median\(interpolation=\.\.\.\) must be one of 'midpoint'.*; got 'linear'",
+    ),
+    "Mixture of nothing": (
+        lambda: Mixture([]),
+        ArgumentError,
+        r"Mixture\(kernels=\.\.\.\) must be a list of kernels.*got \[\]",
+    ),
+    "Mixture without a list": (
+        lambda: Mixture(RBF(Weights())),
+        ArgumentError,
+        r"Mixture\(kernels=\.\.\.\) must be a list of kernels.*got RBF\(",
+    ),
+    "Mixture of a class": (
+        lambda: Mixture([RBF(Weights()), IMQ]),
+        ArgumentError,
+        r"Mixture\(kernels=\.\.\.\)\[1\] got the class IMQ; write IMQ\(\.\.\.\)",
+    ),
+    "Mixture of spaces": (
+        lambda: Mixture([RBF(Weights()), RBF(InputGradients("x"))]),
+        ArgumentError,
+        r"\[1\] compares particles in InputGradients.*the first kernel in Weights.*the same space",
+    ),
+    "Mixture weights": (
+        lambda: Mixture([RBF(Weights()), IMQ(Weights())], weights=[1.0]),
+        ArgumentError,
+        r"Mixture\(weights=\.\.\.\) must be a list of 2 numbers, one per kernel, got \[1\.0\]",
+    ),
+    "Mixture weight of zero": (
+        lambda: Mixture([RBF(Weights()), IMQ(Weights())], weights=[1.0, 0]),
+        ArgumentError,
+        r"Mixture\(weights=\.\.\.\)\[1\] must be a finite number above 0\.0, got 0",
     ),
     "Median factor 0": (
         lambda: Median(factor=0.0),

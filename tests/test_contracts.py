@@ -20,8 +20,10 @@ from pyro_fordes import (
     Ensemble,
     Features,
     Fixed,
+    HeatEquation,
     InputGradients,
     Median,
+    Mixture,
     Outputs,
     ParticleInference,
     Weights,
@@ -54,6 +56,15 @@ KERNELS = {
     "RBF, fixed": (RBF(Weights(), Fixed(0.7)), True),
     "IMQ": (IMQ(Weights()), True),
     "IMQ, fixed, beta": (IMQ(Weights(), Fixed(0.7), beta=-0.3), True),
+    "RBF, heat equation": (RBF(Weights(), HeatEquation()), True),
+    "Mixture of bandwidths": (
+        Mixture([RBF(Weights(), Median(factor=0.2)), RBF(Weights(), Fixed(2.0))]),
+        True,
+    ),
+    "Mixture, not symmetric": (
+        Mixture([RBF(Weights(), Median(per="particle")), IMQ(Weights())], weights=[3, 1]),
+        False,
+    ),
 }
 SPACES = {
     "Weights": Weights(),
@@ -128,6 +139,13 @@ def test_kernel_symmetry_and_positive_definiteness(name):
         assert not torch.allclose(k, k.T)
 
 
+def members(kernel):
+    """Weights and kernels that a kernel is the sum of."""
+    if isinstance(kernel, Mixture):
+        return list(zip(kernel.weights, kernel.kernels, strict=True))
+    return [(1.0, kernel)]
+
+
 @kernels
 def test_kernel_gradient_is_that_of_its_value(name):
     """``gradient_sum`` against autograd of the value by the first argument, any weights."""
@@ -137,7 +155,10 @@ def test_kernel_gradient_is_that_of_its_value(name):
     matrix = kernel.evaluate(r)
     local = r.clone().requires_grad_()
     distances = ((local[:, None] - r[None, :]) ** 2).sum(-1).permute(2, 0, 1)
-    value, _ = kernel.profile(distances, matrix.bandwidth)
+    value = sum(
+        weight * part.profile(distances, part.evaluate(r).bandwidth)[0]
+        for weight, part in members(kernel)
+    )
     torch.testing.assert_close(value, matrix.value)
     (expected,) = torch.autograd.grad((weights * value.mean(0)).sum(), local)
     found = matrix.gradient_sum(weights[None])

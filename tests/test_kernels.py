@@ -7,9 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from pyro.infer.svgd import IMQSteinKernel, RBFSteinKernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_fordes import RBF, WGD, Fixed, InputGradients, Lengthscale, Median, Weights
+from pyro_fordes import (
+    IMQ,
+    RBF,
+    SVGD,
+    WGD,
+    ArgumentError,
+    Fixed,
+    HeatEquation,
+    InputGradients,
+    Lengthscale,
+    Median,
+    Mixture,
+    Weights,
+    kernels,
+)
+from pyro_fordes.bandwidths import heat_residual
 from tests import naive
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "forde_repulsion.json").read_text())
@@ -157,6 +173,21 @@ def test_no_tensor_of_particle_squared_times_feature():
     assert mode.largest <= particles * points * features
 
 
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (lambda f: Fixed(f), r"Fixed\(value=...\)\(2\)"),
+        (lambda f: Median(factor=f), r"Median\(factor=...\)\(2\)"),
+    ],
+)
+def test_schedules_that_reach_zero_are_refused(rule, name):
+    kernel = RBF(Weights(), rule(lambda step: 2.0 - step))
+    r = representation(4, 2, 3)
+    assert (kernel.evaluate(r, step=1).bandwidth > 0).all()
+    with pytest.raises(ArgumentError, match=name + " must be a finite number above 0.0, got 0.0"):
+        kernel.evaluate(r, step=2)
+
+
 def test_bandwidth_factor_and_schedules():
     r = representation(4, 2, 3)
     base = RBF(Weights()).evaluate(r).bandwidth
@@ -185,3 +216,180 @@ def test_scale_and_translation(particles, points, features, scale, per):
     other = WGD().repel(kernel, moved)
     torch.testing.assert_close(other.kernel.value, base.kernel.value, rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(other.velocity * scale, base.velocity, rtol=1e-6, atol=1e-9)
+
+
+# -------------------------------------------------------------------- medians of other libraries
+
+
+def all_pairs(r, b=0):
+    return ((r[:, None, b] - r[None, :, b]) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("particles", [2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("interpolation", ["midpoint", "lower", "higher"])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_median_options_equal_typed_out_quantiles(particles, interpolation, diagonal):
+    r = representation(particles, 2, 3)
+    d = torch.stack([all_pairs(r, b) for b in range(2)])
+    off = ~torch.eye(particles, dtype=torch.bool)
+    options = {"diagonal": diagonal, "interpolation": interpolation, "log1p": True}
+    whole = Median(**options)(d, 0, 3)[:, 0, 0]
+    columns = Median(per="particle", **options)(d, 0, 3)[:, 0]
+    for b in range(2):
+        values = d[b].flatten() if diagonal else d[b][off]
+        if (median := values.quantile(0.5, interpolation=interpolation)) == 0:
+            median = d[b].mean()  # two particles, lower of 0 0 d d
+        expected = median / (2 * math.log(particles + 1))
+        torch.testing.assert_close(whole[b], expected, rtol=1e-12, atol=0)
+        for j in range(particles):
+            values = d[b][:, j] if diagonal else d[b][:, j][off[:, j]]
+            if (median := values.quantile(0.5, interpolation=interpolation)) == 0:
+                median = d[b][:, j].mean()
+            expected = median / (2 * math.log(particles + 1))
+            found = columns[b].expand(particles)[j]
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("particles", [6, 7])
+def test_kernels_of_other_libraries(particles):
+    """Every line of the table in docs/conventions.md that has an exact translation."""
+    r = representation(particles, 1, 3)
+    d, n = all_pairs(r), particles
+    median = d.flatten().quantile(0.5)
+    higher = d.flatten().quantile(0.5, interpolation="higher")
+    first = d.quantile(0.5, dim=0)
+    algorithm = (d / 2).flatten().quantile(0.5) / (2 * math.log(n))
+    cases = {
+        "FoRDE paper, section 3.4": (torch.exp(-d * math.log(n) / median), Median()),
+        "FoRDE paper, Algorithm 1": (torch.exp(-(d / 2) / algorithm), Median(factor=0.5)),
+        "FoRDE code": (torch.exp(-d * math.log(n) / first), Median(per="particle")),
+        "RDE repository, SVGD code": (
+            torch.exp(-d * math.log(n + 1) / median),
+            Median(log1p=True),
+        ),
+        "AWGF": (
+            torch.exp(-d / (2 * (0.5 * higher / math.log(n + 1)))),
+            Median(log1p=True, interpolation="higher"),
+        ),
+    }
+    if n % 2:
+        h = d.sqrt().flatten().quantile(0.5) ** 2 / math.log(n)
+        cases["NumPyro"] = torch.exp(-d / h), Median()
+    for name, (expected, rule) in cases.items():
+        found = RBF(Weights(), rule).evaluate(r).mean
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("particles", [4, 5, 8, 10])
+def test_kernels_of_pyro(particles):
+    """Pyro's own kernels, one per coordinate; IMQ is the same up to a constant."""
+    x = representation(particles, 3, 1)
+    options = {"log1p": True, "diagonal": False, "interpolation": "lower"}
+    log_kernel, grad = RBFSteinKernel(bandwidth_factor=0.7).log_kernel_and_grad(x[..., 0])
+    kernel = RBF(Weights(), Median(factor=0.7, **options))
+    found = SVGD().repel(kernel, x, scores=torch.zeros_like(x), pooled=False)
+    torch.testing.assert_close(found.kernel.value, log_kernel.exp().permute(2, 0, 1))
+    # Pyro adds this to the gradient of a loss.
+    descent = (log_kernel.exp() * grad).sum(1) / particles
+    torch.testing.assert_close(found.velocity[..., 0], -descent)
+    log_kernel, _ = IMQSteinKernel(bandwidth_factor=0.7).log_kernel_and_grad(x[..., 0])
+    found = IMQ(Weights(), Median(factor=0.35, **options)).evaluate(x, pooled=False).value
+    torch.testing.assert_close(found * math.sqrt(2), log_kernel.exp().permute(2, 0, 1))
+
+
+# -------------------------------------------------------------------- heat equation
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+@pytest.mark.parametrize("h", [0.1, 0.8, 3.0])
+def test_heat_residual_equals_autograd_of_the_density(features, h):
+    r = representation(6, 2, features)
+    d = torch.stack([all_pairs(r, b) for b in range(2)])
+    found = heat_residual(d, torch.full((2, 1, 1), h, dtype=d.dtype), features)
+    for b in range(2):
+        expected = naive.heat_error(r[:, b], h)
+        torch.testing.assert_close(found[b].square().sum(), expected, rtol=1e-9, atol=0)
+
+
+def quantiles(particles):
+    """Evenly spread particles of a standard Normal, (particle, 1, 1)."""
+    p = (torch.arange(particles, dtype=torch.float64) + 0.5) / particles
+    return torch.distributions.Normal(0.0, 1.0).icdf(p)[:, None, None]
+
+
+@pytest.mark.parametrize("particles", [10, 50, 200])
+def test_heat_equation_finds_the_minimum(particles):
+    """On evenly spread particles, where there is one, against a fine grid."""
+    r = quantiles(particles)
+    d = all_pairs(r)[None]
+    found = HeatEquation()(d, 0, 1).item()
+    grid = Median()(d, 0, 1) * torch.linspace(-4, 2, 601, dtype=d.dtype).exp2()[:, None, None]
+    errors = heat_residual(d.expand(601, -1, -1), grid, 1).square().sum((-2, -1))
+    assert found == pytest.approx(grid[errors.argmin()].item(), rel=0.03)
+
+
+def test_heat_equation_shrinks_with_more_particles():
+    """As a density estimate must; at 200 particles the smoothing is 4 % of the variance."""
+    found = [HeatEquation()(all_pairs(quantiles(m))[None], 0, 1).item() for m in (10, 50, 200)]
+    assert found == sorted(found, reverse=True)
+    assert 0.02 < found[2] < 0.06
+
+
+def test_heat_equation_is_blind_to_scale_and_treats_points_alone():
+    r = representation(9, 4, 2)
+    d = torch.stack([all_pairs(r, b) for b in range(4)])
+    found = HeatEquation()(d, 0, 2)
+    torch.testing.assert_close(HeatEquation()(d * 1e6, 0, 2), found * 1e6, rtol=1e-9, atol=0)
+    for b in range(4):
+        alone = HeatEquation()(d[b : b + 1], 0, 2)
+        torch.testing.assert_close(alone, found[b : b + 1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heat_equation_edge_cases_are_finite(dtype):
+    kernel = RBF(Weights(), HeatEquation())
+    alone = representation(1, 3, 2, dtype)
+    same = alone.expand(5, 3, 2)
+    mostly = same.clone()
+    mostly[4] += 1.0
+    for r in (alone, same, mostly, representation(2, 3, 2, dtype), 1e-12 * same):
+        found = WGD().repel(kernel, r)
+        assert found.kernel.bandwidth.isfinite().all()
+        assert found.velocity.isfinite().all()
+        assert found.velocity.dtype == dtype
+    assert (WGD().repel(kernel, alone).velocity == 0).all()
+
+
+# -------------------------------------------------------------------- mixtures
+
+
+def test_mixture_is_the_weighted_mean_of_its_kernels():
+    r = representation(6, 3, 2)
+    parts = [
+        RBF(Weights(), Median(factor=0.3)),
+        IMQ(Weights(), Fixed(lambda step: 1.0 + step)),
+        RBF(Weights(), Median(per="particle")),
+    ]
+    found = Mixture(parts, weights=[1, 2, 5]).evaluate(r, slice(1, 4), step=2)
+    matrices = [part.evaluate(r, slice(1, 4), step=2) for part in parts]
+    for name in ("value", "slope", "bandwidth"):
+        a, b, c = (getattr(matrix, name) for matrix in matrices)
+        torch.testing.assert_close(getattr(found, name), (a + 2 * b + 5 * c) / 8)
+    assert not found.symmetric
+    equal = Mixture(parts[:2]).evaluate(r)
+    torch.testing.assert_close(equal.mean, sum(part.evaluate(r).mean for part in parts[:2]) / 2)
+    assert equal.symmetric
+
+
+def test_mixture_computes_distances_once(monkeypatch):
+    calls = []
+
+    def counted(everyone, original=kernels.squared_distances):
+        calls.append(len(everyone))
+        return original(everyone)
+
+    monkeypatch.setattr(kernels, "squared_distances", counted)
+    Mixture([RBF(Weights(), Median(factor=f)) for f in (0.5, 1.0, 2.0)]).evaluate(
+        representation(5, 2, 3)
+    )
+    assert calls == [5]

@@ -1,14 +1,22 @@
 """Transports against typed-out formulas, other libraries' rules, and identities between them."""
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVGD as PyroSVGD, RBFSteinKernel
 
-from pyro_fordes import IMQ, RBF, SVGD, WGD, ArgumentError, Fixed, ParticleInference, Weights
+from pyro_fordes import (
+    IMQ,
+    RBF,
+    SVGD,
+    WGD,
+    ArgumentError,
+    Fixed,
+    Median,
+    ParticleInference,
+    Weights,
+)
 
 H = 0.8
 
@@ -100,14 +108,8 @@ def test_svgd_is_the_textbook_double_loop(kernel):
     close(found.driving + found.velocity, expected)
 
 
-class PyroBandwidth:
-    """Pyro's rule in our terms: exp(-d / h) with the median over pairs over log(n + 1)."""
-
-    def __call__(self, distances, step):
-        count = distances.shape[-1]
-        rows, columns = torch.triu_indices(count, count, offset=1)
-        median = distances[:, rows, columns].median(dim=1).values
-        return (median / math.log(count + 1) / 2)[:, None, None]
+# The kernel of Pyro's default mode, by the table in docs/conventions.md.
+PYRO = RBF(Weights(group="coordinate"), Median(log1p=True, diagonal=False, interpolation="lower"))
 
 
 def test_coordinates_reproduce_pyros_svgd():
@@ -128,7 +130,7 @@ def test_coordinates_reproduce_pyros_svgd():
         model,
         pyro.optim.SGD({"lr": 0.02}),
         6,
-        kernel=RBF(Weights(group="coordinate"), PyroBandwidth()),
+        kernel=PYRO,
         transport=SVGD(),
         init_loc_fn=lambda site: 0.1 * torch.randn(2, dtype=torch.float64),
         seed=0,
