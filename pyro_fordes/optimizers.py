@@ -29,17 +29,59 @@ class Stepper(Protocol):
 
 
 class PyroStepper:
-    """`Stepper` of a ``PyroOptim``: one torch optimiser per site, options by site name."""
+    """`Stepper` of a ``PyroOptim``: one torch optimiser per site where they differ, else one.
+
+    Pyro makes an optimiser for each parameter. Where all have the same options, one optimiser of
+    all sites takes the same steps in fewer and larger operations; ``optim_objs`` then names it for
+    each of them.
+    """
 
     def __init__(self, optim: PyroOptim) -> None:
         self.optim = optim
+        self._together: torch.optim.Optimizer | None = None
+        self._joined: set[Tensor] = set()
 
     def step(self, parameters: Mapping[str, Tensor]) -> None:
         """Move the tensors; optimisers of new ones are made with the site's name."""
         tensors = list(parameters.values())
-        if all(tensor in self.optim.optim_objs for tensor in tensors):
+        new = [tensor for tensor in tensors if tensor not in self.optim.optim_objs]
+        if self._together is None and len(new) == len(tensors) and self._alike():
+            self._together = self._make(parameters)
+            self._joined.update(tensors)
+        if self._together is not None:
+            late = [tensor for tensor in tensors if tensor not in self._joined]
+            if late:  # a shared parameter that earlier steps did not meet
+                self._together.add_param_group({"params": late})
+                self.optim.optim_objs.update(dict.fromkeys(late, self._together))
+                self._joined.update(late)
+            self._together.step()
+        elif new:
+            self._first_step(parameters, tensors)
+        else:
             self.optim(tensors)
-            return
+
+    def _alike(self) -> bool:
+        """Whether all sites have the same options, and nothing is done site by site."""
+        optim = self.optim
+        return (
+            isinstance(optim.pt_optim_args, dict)
+            and not isinstance(optim, PyroLRScheduler)
+            and not optim.pt_clip_args
+            and not optim._state_waiting_to_be_consumed
+        )
+
+    def _make(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """One optimiser of all sites."""
+        tensors = list(parameters.values())
+        try:
+            optimizer = self.optim.pt_optim_constructor(tensors, **self.optim.pt_optim_args)
+        except Exception as error:
+            raise _not_set_up(parameters, error) from error
+        self.optim.optim_objs.update(dict.fromkeys(tensors, optimizer))
+        return optimizer
+
+    def _first_step(self, parameters: Mapping[str, Tensor], tensors: list[Tensor]) -> None:
+        """A step that makes optimisers of new sites."""
         # PyroOptim asks the parameter store for names, to look up options and saved state. Lend it
         # a scoped store, so that nothing of ours stays in the global one.
         before = [tensor.detach().clone() for tensor in tensors]
@@ -54,10 +96,7 @@ class PyroStepper:
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
                     self.optim.optim_objs.pop(tensor, None)
-            raise ArgumentError(
-                f"the optimiser could not be set up for the sites {list(parameters)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise _not_set_up(parameters, error) from error
 
     def end_epoch(self, loss: float) -> None:
         """Step the learning-rate scheduler, if the optimiser is one."""
@@ -66,6 +105,14 @@ class PyroStepper:
                 self.optim.step(loss)
             else:
                 self.optim.step()
+
+
+def _not_set_up(parameters: Mapping[str, Tensor], error: Exception) -> ArgumentError:
+    """What to say of options that an optimiser refuses."""
+    return ArgumentError(
+        f"the optimiser could not be set up for the sites {list(parameters)}: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 class TorchStepper:

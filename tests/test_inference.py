@@ -393,6 +393,42 @@ def test_options_per_site():
     assert (after["sigma"] == before["sigma"]).all()
 
 
+def test_one_optimiser_of_all_sites_takes_the_steps_of_one_per_site():
+    """Options by a function make one optimiser per site, the same for all make one for all."""
+    x, y = regression_data(torch.float32)
+    optims = [pyro.optim.Adam({"lr": 0.01}), pyro.optim.Adam(lambda name: {"lr": 0.01})]
+    found = []
+    for optim in optims:
+        inference = ParticleInference(regression, optim, 3, kernel=RBF(Weights()), seed=0)
+        inference.run(5, x, y, progress_bar=False)
+        # What users of Pyro do between steps works in both forms.
+        for made in optim.optim_objs.values():
+            made.param_groups[0]["lr"] = 0.1
+        inference.run(5, x, y, progress_bar=False)
+        found.append(unconstrained(inference))
+    assert len(set(map(id, optims[0].optim_objs.values()))) == 1
+    assert len(set(map(id, optims[1].optim_objs.values()))) == len(optims[1].optim_objs) == 2
+    for name, value in found[0].items():
+        assert (value == found[1][name]).all()
+
+
+def test_a_shared_parameter_that_appears_later_is_trained_too():
+    def model(y, extended):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        shift = pyro.param("shift", torch.tensor(0.0)) if extended else 0.0
+        pyro.sample("y", dist.Normal(mean + shift, 1.0), obs=y)
+
+    with pyro.get_param_store().scope():
+        inference = ParticleInference(
+            model, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), seed=0
+        )
+        inference.run(2, torch.tensor(3.0), False, progress_bar=False)
+        before = inference.get_samples()["mean"]
+        inference.run(2, torch.tensor(3.0), True, progress_bar=False)
+        torch.testing.assert_close(pyro.param("shift").item(), 0.2, rtol=0.02, atol=0)
+        assert (inference.get_samples()["mean"] != before).all()
+
+
 def test_fit_steps_the_scheduler_once_per_epoch():
     x, y = regression_data(torch.float32)
     optim = pyro.optim.ExponentialLR(
