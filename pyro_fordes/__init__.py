@@ -3,6 +3,7 @@
 from pyro_fordes import diagnostics as diagnostics
 from pyro_fordes._checks import (
     ArgumentError as ArgumentError,
+    CheckpointError as CheckpointError,
     FordesError as FordesError,
     MissingDependencyError as MissingDependencyError,
     ModelError as ModelError,

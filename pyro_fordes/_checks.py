@@ -30,6 +30,10 @@ class StateError(FordesError, RuntimeError):
     """A method was called at a time when it has no answer yet."""
 
 
+class CheckpointError(FordesError, RuntimeError):
+    """A checkpoint cannot be written, read or used."""
+
+
 class MissingDependencyError(FordesError, ImportError):
     """An optional package is needed and not installed."""
 

@@ -1,8 +1,11 @@
 """Random numbers of an inference, kept apart from everyone else's."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +21,45 @@ def _set(state: tuple[Tensor, Tensor | None]) -> None:
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)
+
+
+def global_state(loader: Any = None) -> dict[str, Any]:
+    """States of the global generators (torch, numpy, Python) and of a data loader's own.
+
+    Tensors, numbers and tuples only, so that a checkpoint can hold them.
+    """
+    cpu, cuda = _get()
+    name, keys, place, has_gauss, gauss = np.random.get_state()
+    return {
+        "cpu": cpu,
+        "cuda": cuda,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), place, has_gauss, gauss),
+        "python": random.getstate(),
+        "loader": [generator.get_state() for generator in _generators(loader)],
+    }
+
+
+def set_global_state(state: Mapping[str, Any], loader: Any = None) -> None:
+    """Put the generators into the states that `global_state` has noted."""
+    _set((state["cpu"], state["cuda"] if torch.cuda.is_available() else None))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    for generator, saved in zip(_generators(loader), state["loader"], strict=False):
+        generator.set_state(saved)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a data loader and its samplers own, each once."""
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found: list[torch.Generator] = []
+    for owner in owners:
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator) and generator not in found:
+            found.append(generator)
+    return found
 
 
 @contextmanager
@@ -48,6 +90,22 @@ class RandomStream:
     def __init__(self, seed: int) -> None:
         self._state: tuple[Tensor, Tensor | None] | None = None
         self._seed = seed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed and the generators' states."""
+        cpu, cuda = self._state or (None, None)
+        return {"seed": self._seed, "cpu": cpu, "cuda": cuda}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the place in the stream that `state_dict` has noted.
+
+        A state of a CUDA generator is used where CUDA is in use.
+        """
+        self._seed = state["seed"]
+        cpu, cuda = state["cpu"], state["cuda"]
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.init()
+        self._state = None if cpu is None else (cpu, cuda if torch.cuda.is_available() else None)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -7,15 +7,16 @@ with temperature :math:`T`, repulsion scale :math:`\lambda`, representation :mat
 transport's velocity :math:`V`. It is ascent on the log joint; the optimiser gets its negative.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_fordes._checks import (
     ArgumentError,
@@ -28,9 +29,11 @@ from pyro_fordes._checks import (
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
+from pyro_fordes.checkpoint import write
 from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores, evaluate_in
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
+from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.particles import (
     Call,
@@ -43,9 +46,8 @@ from pyro_fordes.particles import (
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import InputGradients, Space
+from pyro_fordes.state import Load, finish_loading, state_of, take_state
 from pyro_fordes.transports import WGD, Transport
-
-Callback = Callable[["ParticleInference", int, float], Any]
 
 
 class ParticleInference:
@@ -161,6 +163,10 @@ class ParticleInference:
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
         self._step = 0
+        self._shared: dict[str, Tensor] = {}
+        self._loaded: dict[str, Any] | None = None  # a state that waits for the model's arguments
+        self._position: Position | None = None  # of the fit that is under way
+        self._resumable: Position | None = None  # of the last one
 
     # ---------------------------------------------------------------- set-up
 
@@ -176,7 +182,7 @@ class ParticleInference:
         Raises:
             FordesError: if model, data, space and particles do not fit together.
         """
-        if self._particles:
+        if self._particles and self._loaded is None:
             return
         self._log_joint.check_call(args, kwargs)
         space = self._space
@@ -185,6 +191,9 @@ class ParticleInference:
             space = self._prepare(space, args, kwargs, scores=self.transport.uses_scores)
         prototype = self._log_joint.prototype(args, kwargs)
         latents = prototype.latents
+        if self._loaded is not None:
+            finish_loading(self, self._loaded, space, prototype)
+            return
         particles = self._initial_particles(args, kwargs, prototype)
         buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
@@ -283,6 +292,7 @@ class ParticleInference:
         if log_joint.device.type == "cpu":
             self._check_finite(forces, args, kwargs)
         shared = {name: forces.evaluation.shared[name] for name in forces.shared_gradients}
+        self._shared.update(shared)
         parameters = {**self._particles, **shared}
         gradients = {**forces.gradients, **forces.shared_gradients}
         for name, tensor in parameters.items():
@@ -398,14 +408,7 @@ class ParticleInference:
         Returns:
             The loss of each step taken.
         """
-        check_positive_int("num_steps", num_steps)
-        _check_callback(callback)
-        losses: list[Tensor] = []
-        with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
-            for _ in range(num_steps):
-                if self._advance(args, kwargs, losses, bar, callback):
-                    break
-        return torch.stack(losses).cpu()
+        return run_steps(self, num_steps, args, kwargs, progress_bar, callback)
 
     def fit(
         self,
@@ -414,6 +417,9 @@ class ParticleInference:
         *,
         progress_bar: bool = True,
         callback: Callback | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | timedelta | None = None,
+        keep: int = 3,
     ) -> Float[Tensor, " step"]:
         """Take one step per batch of a data loader, for some epochs.
 
@@ -421,67 +427,76 @@ class ParticleInference:
         keyword arguments, anything else its only argument. A ``pyro.optim`` learning-rate scheduler
         is stepped at the end of each epoch.
 
+        With ``checkpoint``, a run that was cut off goes on as if nothing had happened: the same
+        call in a new process finds the newest checkpoint that can be read, brings the loader to the
+        batch that comes next (with its order and random state) and continues. ``num_epochs`` is
+        then the total. SIGTERM and Ctrl-C let the step finish and save before the process ends.
+
         Args:
             loader: an iterable of batches that can be iterated once per epoch.
             num_epochs: number of passes.
             progress_bar: whether to show one, with the loss and the force ratio.
             callback: called as ``callback(inference, step, loss)`` after each step; returning True
                 stops.
+            checkpoint: folder for checkpoints.
+            checkpoint_every: a number of steps, or a ``datetime.timedelta``; None for five minutes.
+                One is also written at the end.
+            keep: how many of the newest checkpoints stay.
 
         Returns:
-            The loss of each step taken.
+            The loss of each step, those before an interruption included.
 
         Raises:
             ArgumentError: if the loader cannot be iterated (again) or is empty.
+            CheckpointError: if a checkpoint cannot be written, or none of those in the folder can
+                be used.
         """
-        check_positive_int("num_epochs", num_epochs)
-        _check_callback(callback)
-        if not isinstance(loader, Iterable):
-            raise ArgumentError(
-                f"loader must be an iterable of batches, such as a torch DataLoader, got "
-                f"{type(loader).__name__}"
-            )
-        if num_epochs > 1 and iter(loader) is loader:
-            raise ArgumentError(
-                f"loader is an iterator ({type(loader).__name__}), which is empty after one epoch, "
-                f"but num_epochs is {num_epochs}; pass a list or a DataLoader"
-            )
-        length = len(loader) if isinstance(loader, Sized) else None
-        total = None if length is None else num_epochs * length
-        losses: list[Tensor] = []
-        with tqdm(total=total, disable=not progress_bar, unit="step") as bar:
-            for epoch in range(num_epochs):
-                bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
-                start = len(losses)
-                for batch in loader:
-                    args, kwargs = _arguments(batch)
-                    if self._advance(args, kwargs, losses, bar, callback):
-                        return torch.stack(losses).cpu()
-                if len(losses) == start:
-                    raise ArgumentError(
-                        "the loader gave no batch; is the data set empty, or drop_last=True with "
-                        "fewer points than a batch?"
-                    )
-                self._stepper.end_epoch(float(torch.stack(losses[start:]).mean()))
-        return torch.stack(losses).cpu()
+        return fit_epochs(
+            self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
+        )
 
-    def _advance(
-        self,
-        args: tuple,
-        kwargs: Mapping[str, Any],
-        losses: list[Tensor],
-        bar: Any,
-        callback: Callback | None,
-    ) -> bool:
-        """One step of a loop; returns whether the callback asked to stop."""
-        step = self._step
-        losses.append(self._update(args, kwargs))
-        bar.update()
-        # Reading a number waits for the device, so not at every step.
-        if not bar.disable and step % 10 == 0:
-            ratio = self.diagnostics()["force_ratio"]
-            bar.set_postfix(loss=f"{losses[-1].item():.4g}", force_ratio=f"{ratio:.2g}")
-        return callback is not None and callback(self, step, losses[-1].item()) is True
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to continue bit for bit.
+
+        Particles, buffers and shared parameters, the optimiser's (and scheduler's) state, the step,
+        the place in the random streams, how far `fit` has come, and the layout that loading checks:
+        tensors, numbers and texts in dicts, lists and tuples. Model, data, schedules and options
+        are not in it.
+
+        Raises:
+            StateError: if there are no particles yet.
+        """
+        self._started()
+        return self._loaded or state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, here or in another process.
+
+        `get_samples` answers at once. What needs the model is checked at the next call that has
+        its arguments. Global random states are restored by `fit(..., checkpoint=...)` only.
+
+        Args:
+            state: what `state_dict` gave.
+
+        Raises:
+            CheckpointError: if it is of another number of particles or no state at all; the
+                inference is then unchanged.
+        """
+        take_state(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict` to a file, atomically and with a checksum.
+
+        ``torch.load(path, weights_only=True)`` reads it, too.
+
+        Raises:
+            CheckpointError: if it cannot be written; an older file of that name is unchanged.
+        """
+        write(path, self.state_dict())
+
+    load = Load()
 
     # ---------------------------------------------------------------- results
 
@@ -507,7 +522,10 @@ class ParticleInference:
             StateError: if there are no particles yet.
         """
         self._started()
-        samples = self._log_joint.constrain(self._particles, self._latents)
+        if self._loaded is None:
+            samples = self._log_joint.constrain(self._particles, self._latents)
+        else:  # without the model's supports, as the state has them
+            samples = {**self._particles, **self._loaded["samples"]}
         samples = {name: value.detach().clone() for name, value in samples.items()}
         if num_samples is None:
             return samples
@@ -656,20 +674,3 @@ class ParticleInference:
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""
         return self._log_joint.prototype(args, kwargs)
-
-
-def _check_callback(callback: object) -> None:
-    """Refuse a callback that cannot be called, before any step is taken."""
-    if callback is not None and not callable(callback):
-        raise ArgumentError(
-            f"callback must be a function of (inference, step, loss), got {callback!r}"
-        )
-
-
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """A batch as positional and keyword arguments of the model."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple | list):
-        return tuple(batch), {}
-    return (batch,), {}

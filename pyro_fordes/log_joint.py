@@ -276,6 +276,15 @@ class LogJoint:
             values[name] = latent.transform.inv(site["value"]).detach().clone()
         return values
 
+    def parameters(self, prototype: Prototype) -> dict[str, Tensor]:
+        """The unconstrained tensors behind the model's ``param`` sites, frozen ones left out."""
+        own = self._own_parameters()
+        return {
+            name: _parameter(name, site["value"], own)
+            for name, site in prototype.trace.nodes.items()
+            if site["type"] == "param" and name not in self._frozen
+        }
+
     # ---------------------------------------------------------------- evaluation
 
     def constrain(self, values: Values, latents: Mapping[str, Latent]) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError
+from pyro_fordes._checks import ArgumentError, CheckpointError
 
 Optim = PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer]
 """A Pyro optimiser, or a function of a list of tensors that gives a torch optimiser."""
@@ -25,6 +26,16 @@ class Stepper(Protocol):
 
     def end_epoch(self, loss: float) -> None:
         """Let a learning-rate scheduler know that an epoch is over."""
+        ...
+
+    def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """State of the optimisers of these tensors; None before the first step."""
+        ...
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Make optimisers of new tensors and give them a state."""
         ...
 
 
@@ -59,6 +70,41 @@ class PyroStepper:
             self._first_step(parameters, tensors)
         else:
             self.optim(tensors)
+
+    def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """One state for all sites together, or one per site (with its scheduler's)."""
+        optims = self.optim.optim_objs
+        if self._together is not None:
+            names = {tensor: name for name, tensor in parameters.items()}
+            order = [names[tensor] for tensor in _tensors(self._together)]
+            return {"order": order, "state": self._together.state_dict()}
+        made = {name: optims[tensor] for name, tensor in parameters.items() if tensor in optims}
+        return {"sites": {name: _get_state_dict(one) for name, one in made.items()}}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Make the optimisers of the tensors and give them their states."""
+        self._together, self._joined = None, set()
+        if state is None:
+            return
+        if "order" in state:
+            ordered = {name: parameters[name] for name in state["order"]}
+            self._together = _restored(self._make(ordered), state["state"])
+            self._joined.update(ordered.values())
+            return
+        store, optim = pyro.get_param_store(), self.optim
+        with store.scope():
+            for name, saved in state["sites"].items():
+                tensor = parameters[name]
+                store[name] = tensor  # options may depend on the name
+                try:
+                    made = optim._get_optim(tensor)
+                    _load_state_dict(made, saved)
+                except Exception as error:
+                    raise _unfit(self.optim.pt_optim_constructor.__name__, error) from error
+                optim.optim_objs[tensor] = made
+                optim.grad_clip[tensor] = optim._get_grad_clip(tensor)
 
     def _alike(self) -> bool:
         """Whether all sites have the same options, and nothing is done site by site."""
@@ -107,6 +153,37 @@ class PyroStepper:
                 self.optim.step()
 
 
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of an optimiser, in its order."""
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _restored(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """An optimiser with a state that one of its kind has given."""
+    groups = [len(group["params"]) for group in state["param_groups"]]
+    if len(groups) > 1 and len(optimizer.param_groups) == 1:
+        # Parameters that came later have groups of their own.
+        tensors = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["params"] = tensors[: groups[0]]
+        start = groups[0]
+        for count in groups[1:]:
+            optimizer.add_param_group({"params": tensors[start : start + count]})
+            start += count
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _unfit(type(optimizer).__name__, error) from error
+    return optimizer
+
+
+def _unfit(name: str, error: Exception) -> CheckpointError:
+    """What to say of a state that is another optimiser's."""
+    return CheckpointError(
+        f"the saved optimiser state does not fit {name} ({type(error).__name__}: {error}); use the "
+        f"optimiser that it was saved with"
+    )
+
+
 def _not_set_up(parameters: Mapping[str, Tensor], error: Exception) -> ArgumentError:
     """What to say of options that an optimiser refuses."""
     return ArgumentError(
@@ -151,6 +228,23 @@ class TorchStepper:
 
     def end_epoch(self, loss: float) -> None:
         """Nothing: torch's schedulers are stepped by whoever made them."""
+
+    def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The optimiser's state; None before the first step."""
+        if self.optimizer is None:
+            return None
+        names = {tensor: name for name, tensor in parameters.items()}
+        order = [names[tensor] for tensor in _tensors(self.optimizer)]
+        return {"order": order, "state": self.optimizer.state_dict()}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Make the optimiser of the tensors and give it a state."""
+        self.optimizer = None
+        if state is not None:
+            made = self._make({name: parameters[name] for name in state["order"]})
+            self.optimizer = _restored(made, state["state"])
 
 
 def stepper(optim: Any) -> Stepper:

@@ -1,0 +1,324 @@
+"""Loops over steps: batches and epochs, progress bars, checkpoints and interruptions."""
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_fordes._checks import ArgumentError, CheckpointError, check_positive_int
+from pyro_fordes._random import global_state, set_global_state
+from pyro_fordes.checkpoint import newest, write_numbered
+
+Callback = Callable[[Any, int, float], Any]
+"""Called as ``callback(inference, step, loss)``; True stops the loop."""
+
+CHECKPOINT_EVERY = timedelta(minutes=5)
+
+
+@dataclass
+class Position:
+    """How far `fit` has come.
+
+    Attributes:
+        epoch: finished epochs.
+        batch: finished batches of the present epoch.
+        losses: the loss of every step.
+        epoch_random: global random state at the start of the present epoch, from which a data
+            loader draws its order.
+        loader: the loader, for its own generators.
+        random: global random state when the position was saved.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    epoch_random: dict[str, Any] | None = None
+    loader: Any = None
+    random: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "losses": torch.stack(self.losses).cpu() if self.losses else None,
+            "epoch_random": self.epoch_random,
+            "random": global_state(self.loader),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Position":
+        """The position that `state_dict` has noted."""
+        losses = [] if state["losses"] is None else list(state["losses"].unbind())
+        return cls(
+            state["epoch"],
+            state["batch"],
+            losses,
+            state["epoch_random"],
+            random=state["random"],
+        )
+
+
+@dataclass
+class Saver:
+    """Writes a checkpoint every so many steps or so much time."""
+
+    folder: Path
+    every: int | timedelta
+    keep: int
+    inference: Any
+    last: float = field(default_factory=time.monotonic)
+    written: tuple[int, ...] = ()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for the next one."""
+        if isinstance(self.every, int):
+            return step % self.every == 0
+        return time.monotonic() - self.last >= self.every.total_seconds()
+
+    def save(self) -> None:
+        """Write one, unless the last is of this place."""
+        position = self.inference._position
+        place = (self.inference._step, position.epoch, position.batch)
+        if place != self.written:
+            write_numbered(self.folder, place[0], self.inference.state_dict(), self.keep)
+        self.written, self.last = place, time.monotonic()
+
+
+class Interruptions:
+    """Lets a step finish before SIGTERM or Ctrl-C ends the loop; a second Ctrl-C ends it at once.
+
+    Signals can only be caught in the main thread; elsewhere nothing is changed.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruptions":
+        if self.active:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Do what the signal asked for, now that all is saved."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+
+def run_steps(
+    inference: Any,
+    num_steps: int,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    progress_bar: bool,
+    callback: Callback | None,
+) -> Float[Tensor, " step"]:
+    """See ``ParticleInference.run``."""
+    check_positive_int("num_steps", num_steps)
+    _check_callback(callback)
+    losses: list[Tensor] = []
+    with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
+        for _ in range(num_steps):
+            losses.append(inference._update(args, kwargs))
+            if _after(inference, losses[-1], bar, callback):
+                break
+    return torch.stack(losses).cpu()
+
+
+def fit_epochs(
+    inference: Any,
+    loader: Iterable[Any],
+    num_epochs: int,
+    progress_bar: bool,
+    callback: Callback | None,
+    checkpoint: str | Path | None,
+    checkpoint_every: int | timedelta | None,
+    keep: int,
+) -> Float[Tensor, " step"]:
+    """See ``ParticleInference.fit``."""
+    _check_fit(loader, num_epochs, callback)
+    saver, position = None, Position()
+    if checkpoint is not None:
+        every = CHECKPOINT_EVERY if checkpoint_every is None else checkpoint_every
+        saver = Saver(Path(checkpoint), _checked_every(every), keep, inference)
+        check_positive_int("keep", keep)
+        position = _resume(inference, checkpoint, loader)
+    elif checkpoint_every is not None:
+        raise ArgumentError("fit(checkpoint_every=...) needs a folder: fit(checkpoint=...)")
+    position.loader = loader
+    inference._position = position
+    length = len(loader) if isinstance(loader, Sized) else None
+    total = None if length is None else num_epochs * length
+    bar = tqdm(total=total, initial=len(position.losses), disable=not progress_bar, unit="step")
+    try:
+        with bar, Interruptions(saver is not None) as interruptions:
+            for epoch in range(position.epoch, num_epochs):
+                bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
+                if _epoch(inference, loader, position, bar, callback, saver, interruptions):
+                    break
+            if saver is not None:
+                saver.save()
+    finally:
+        inference._position, inference._resumable = None, position
+    if not position.losses:
+        return torch.zeros(0)
+    return torch.stack([loss.cpu() for loss in position.losses])
+
+
+def _epoch(
+    inference: Any,
+    loader: Iterable[Any],
+    position: Position,
+    bar: Any,
+    callback: Callback | None,
+    saver: Saver | None,
+    interruptions: Interruptions,
+) -> bool:
+    """The rest of an epoch; returns whether the callback asked to stop."""
+    for batch in _batches(loader, position):
+        args, kwargs = arguments(batch)
+        loss = inference._update(args, kwargs)
+        position.losses.append(loss)
+        position.batch += 1
+        stop = _after(inference, loss, bar, callback)
+        if saver is not None and (
+            stop or interruptions.received is not None or saver.due(inference._step)
+        ):
+            saver.save()
+        interruptions.end()
+        if stop:
+            return True
+    if position.batch == 0:
+        raise ArgumentError(
+            "the loader gave no batch; is the data set empty, or drop_last=True with "
+            "fewer points than a batch?"
+        )
+    recent = torch.stack([loss.cpu() for loss in position.losses[-position.batch :]])
+    inference._stepper.end_epoch(float(recent.mean()))
+    position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
+    return False
+
+
+def _batches(loader: Iterable[Any], position: Position) -> Iterable[Any]:
+    """The batches of an epoch that are not done yet, in the order they had at first."""
+    done = position.batch
+    if done == 0:
+        position.epoch_random = global_state(loader)
+        return loader
+    if position.epoch_random is not None:
+        set_global_state(position.epoch_random, loader)
+    iterator = iter(loader)
+    for index in range(done):
+        if next(iterator, _END) is _END:
+            raise CheckpointError(
+                f"the checkpoint was written after {done} batches of an epoch, but the loader gave "
+                f"only {index}; use the loader that it was written with"
+            )
+    if position.random is not None:
+        set_global_state(position.random, loader)
+        position.random = None
+    return iterator
+
+
+_END = object()
+
+
+def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
+    """Where to go on: the newest checkpoint for a new inference, else its own position."""
+    if Path(folder).is_file():
+        raise CheckpointError(f"fit(checkpoint=...) must be a folder, but {folder} is a file")
+    if inference._step > 0:
+        return inference._resumable or Position()
+    state, skipped = newest(folder)
+    if state is None:
+        if skipped:
+            raise CheckpointError(
+                f"none of the {len(skipped)} checkpoints in {folder} can be used: {skipped[0]}; "
+                f"delete or rename the folder to start anew"
+            )
+        return Position()
+    for message in skipped:
+        warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
+    inference.load_state_dict(state)
+    position = inference._resumable or Position()
+    if position.batch == 0 and position.random is not None:
+        set_global_state(position.random, loader)
+    return position
+
+
+def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) -> bool:
+    """Show and report a step; returns whether the callback asked to stop."""
+    step = inference._step - 1
+    bar.update()
+    # Reading a number waits for the device, so not at every step.
+    if not bar.disable and step % 10 == 0:
+        ratio = inference.diagnostics()["force_ratio"]
+        bar.set_postfix(loss=f"{loss.item():.4g}", force_ratio=f"{ratio:.2g}")
+    return callback is not None and callback(inference, step, loss.item()) is True
+
+
+def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """A batch as positional and keyword arguments of the model."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def _check_fit(loader: Any, num_epochs: int, callback: object) -> None:
+    """Refuse loaders that cannot give the epochs, before any step is taken."""
+    check_positive_int("num_epochs", num_epochs)
+    _check_callback(callback)
+    if not isinstance(loader, Iterable):
+        raise ArgumentError(
+            f"loader must be an iterable of batches, such as a torch DataLoader, got "
+            f"{type(loader).__name__}"
+        )
+    if num_epochs > 1 and isinstance(loader, Iterator):
+        raise ArgumentError(
+            f"loader is an iterator ({type(loader).__name__}), which is empty after one epoch, "
+            f"but num_epochs is {num_epochs}; pass a list or a DataLoader"
+        )
+
+
+def _checked_every(every: object) -> int | timedelta:
+    """A number of steps or a time, checked."""
+    if isinstance(every, timedelta) and every > timedelta(0):
+        return every
+    if isinstance(every, timedelta):
+        raise ArgumentError(f"fit(checkpoint_every=...) must be above zero, got {every}")
+    return check_positive_int("fit(checkpoint_every=...)", every)
+
+
+def _check_callback(callback: object) -> None:
+    """Refuse a callback that cannot be called, before any step is taken."""
+    if callback is not None and not callable(callback):
+        raise ArgumentError(
+            f"callback must be a function of (inference, step, loss), got {callback!r}"
+        )

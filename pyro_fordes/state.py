@@ -1,0 +1,188 @@
+"""The state of a `ParticleInference`: what is saved, and how another one takes it over."""
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_fordes._checks import CheckpointError
+from pyro_fordes.checkpoint import read
+from pyro_fordes.loops import Position
+from pyro_fordes.optimizers import stepper
+from pyro_fordes.prototype import Prototype
+from pyro_fordes.spaces import Space
+
+_PARTS = (
+    "num_particles",
+    "particles",
+    "samples",
+    "buffers",
+    "shared",
+    "optimizer",
+    "step",
+    "random",
+    "position",
+)
+
+
+def state_of(inference: Any) -> dict[str, Any]:
+    """See ``ParticleInference.state_dict``."""
+    particles, shared = inference._particles, inference._shared
+    position = inference._position or inference._resumable
+    # The rest of the samples are the particles' own values.
+    transformed = {
+        name: value
+        for name, value in inference._log_joint.constrain(particles, inference._latents).items()
+        if not torch.equal(value, particles[name])
+    }
+    return {
+        "versions": {
+            "pyro_fordes": version("pyro-fordes"),
+            "torch": str(torch.__version__),
+            "pyro": pyro.__version__,
+        },
+        "num_particles": inference.num_particles,
+        "particles": _copies(particles),
+        "samples": _copies(transformed),
+        "buffers": _copies(inference._buffers),
+        "shared": _copies(shared),
+        "optimizer": _copies(inference._stepper.state_dict({**particles, **shared})),
+        "step": inference._step,
+        "random": inference._random.state_dict(),
+        "position": None if position is None else position.state_dict(),
+    }
+
+
+def take_state(inference: Any, state: Mapping[str, Any]) -> None:
+    """See ``ParticleInference.load_state_dict``."""
+    missing = [name for name in _PARTS if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"this is no state of a ParticleInference: it lacks {missing}; state_dict() or "
+            f"load(path) give one"
+        )
+    if state["num_particles"] != inference.num_particles:
+        raise CheckpointError(
+            f"the state has {state['num_particles']} particles, this inference "
+            f"{inference.num_particles}; make it with num_particles={state['num_particles']}"
+        )
+    inference._particles = {
+        name: value.detach().clone().requires_grad_() for name, value in state["particles"].items()
+    }
+    inference._buffers = {name: value.clone() for name, value in state["buffers"].items()}
+    inference._space, inference._before = inference.kernel.space, {}
+    inference._shared, inference._diagnostics = {}, None
+    inference._step, inference._seed = state["step"], state["random"]["seed"]
+    inference._random.load_state_dict(state["random"])
+    position = state["position"]
+    inference._resumable = None if position is None else Position.from_state(position)
+    inference._stepper = stepper(inference.optim)
+    inference._loaded = dict(state)
+
+
+def finish_loading(
+    inference: Any, state: Mapping[str, Any], space: Space, prototype: Prototype
+) -> None:
+    """Check a loaded state against the model, and give the rest of it to its owners.
+
+    Raises:
+        CheckpointError: if it is another model's.
+    """
+    log_joint, latents = inference._log_joint, prototype.latents
+    particles = _checked_particles(inference._particles, latents)
+    buffers = log_joint.stack_buffers(prototype, inference.num_particles)
+    wrong = [
+        name
+        for name in buffers.keys() | inference._buffers.keys()
+        if name not in buffers
+        or name not in inference._buffers
+        or buffers[name].shape != inference._buffers[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"the state and the model differ in the buffers {sorted(wrong)}")
+    parameters = log_joint.parameters(prototype)
+    absent = [name for name in state["shared"] if name not in parameters]
+    if absent:
+        raise CheckpointError(
+            f"the state has the shared parameters {absent}, which the model lacks"
+        )
+    shared = {name: parameters[name] for name in state["shared"]}
+    inference._stepper.load_state_dict(state["optimizer"], {**particles, **shared})
+    with torch.no_grad():
+        for name, tensor in shared.items():
+            tensor.copy_(state["shared"][name])
+    inference._buffers = {
+        name: value.to(buffers[name].device) for name, value in inference._buffers.items()
+    }
+    inference._particles, inference._shared = particles, shared
+    inference._space, inference._latents, inference._loaded = space, latents, None
+
+
+def _checked_particles(particles: Mapping[str, Tensor], latents: Any) -> dict[str, Tensor]:
+    """Particles of the model's sites, shapes and dtype, on its device."""
+    if set(particles) != set(latents):
+        raise CheckpointError(
+            f"the state has the latent sites {list(particles)}, the model {list(latents)}; it is "
+            f"that of another model"
+        )
+    for name, latent in latents.items():
+        value = particles[name]
+        if value.shape[1:] != latent.shape or value.dtype != latent.dtype:
+            raise CheckpointError(
+                f"the state has the unconstrained site '{name}' as {tuple(value.shape[1:])} of "
+                f"{value.dtype}, the model as {tuple(latent.shape)} of {latent.dtype}"
+            )
+    return {
+        name: particles[name].detach().to(latent.device).requires_grad_()
+        for name, latent in latents.items()
+    }
+
+
+class Load:
+    """`load` on the class makes an inference from a file, on an instance it fills that one."""
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        """The one or the other."""
+
+        def load_new(path: str | Path, model: Any, optim: Any, **options: Any) -> Any:
+            """Make an inference from a file: ``ParticleInference.load(path, model, optim, ...)``.
+
+            Args:
+                path: what `save` wrote.
+                model: the model.
+                optim: the optimiser.
+                **options: other arguments of `ParticleInference`; the number of particles is the
+                    file's.
+
+            Raises:
+                CheckpointError: if the file cannot be read or is no state.
+            """
+            state = read(path)
+            made = owner(model, optim, state.get("num_particles", 1), **options)
+            made.load_state_dict(state)
+            return made
+
+        def load_here(path: str | Path) -> None:
+            """Take over a file's state: ``inference.load(path)``; see `load_state_dict`.
+
+            Raises:
+                CheckpointError: if the file cannot be read or does not fit.
+            """
+            instance.load_state_dict(read(path))
+
+        return load_new if instance is None else load_here
+
+
+def _copies(tree: Any) -> Any:
+    """A tree of tensors and plain values, its tensors copied so that later steps leave them."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: _copies(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copies(value) for value in tree)
+    return tree

@@ -1,0 +1,542 @@
+"""Exact resume: a run that was cut off ends like one that was not; damaged files are found out."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_fordes import (
+    RBF,
+    SVGD,
+    ArgumentError,
+    CheckpointError,
+    Ensemble,
+    InputGradients,
+    ParticleInference,
+    Weights,
+    bayesianize,
+)
+from pyro_fordes.checkpoint import checksum, newest, numbered, read, write
+from tests.models import Classifier
+
+X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(20) % 3
+
+
+class Noisy(Dataset):
+    """Rows with noise from every global generator, as augmentations have it."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        noise = torch.randn(6) + np.random.randn() + random.random()
+        return X[index] + 0.01 * noise, Y[index]
+
+
+def loader(**options):
+    return DataLoader(Noisy(), batch_size=6, shuffle=True, **options)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.3), nn.ReLU(), nn.Linear(4, 3))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 2, 2),
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(4, 3),
+    )
+
+
+def function(x, y=None):
+    """A model with a constrained site and parameters that all particles share."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(6, 3), scale).to_event(2))
+    bias = pyro.param("bias", torch.zeros(3))
+    rate = pyro.param("rate", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", 20, subsample_size=len(x)):
+        pyro.sample("y", dist.Categorical(logits=rate * (x @ weight + bias)), obs=y)
+
+
+def scheduler():
+    return pyro.optim.StepLR(
+        {
+            "optimizer": torch.optim.Adam,
+            "optim_args": {"lr": 0.01},
+            "step_size": 1,
+            "gamma": 0.7,
+        }
+    )
+
+
+SETTINGS = {
+    "MLP, Pyro's Adam, FoRDE": (mlp, lambda: pyro.optim.Adam({"lr": 0.01}), {}, {}),
+    "MLP, options by name": (mlp, lambda: pyro.optim.Adam(lambda name: {"lr": 0.01}), {}, {}),
+    "CNN, Pyro's scheduler, weights": (cnn, scheduler, {"kernel": RBF(Weights())}, {}),
+    "CNN, torch SGD, workers": (
+        cnn,
+        lambda: lambda params: torch.optim.SGD(params, lr=0.001, momentum=0.9),
+        {"transport": Ensemble()},
+        {"num_workers": 2},
+    ),
+    "function, shared parameters, SVGD": (
+        None,
+        lambda: pyro.optim.ClippedAdam({"lr": 0.01}),
+        {"kernel": RBF(Weights()), "transport": SVGD()},
+        {},
+    ),
+    "loader with a generator": (
+        mlp,
+        lambda: pyro.optim.Adam({"lr": 0.01}),
+        {"kernel": RBF(Weights())},
+        {"generator": True},
+    ),
+}
+
+
+class Cut(Exception):
+    """A run that ends in the middle, before anything can be saved."""
+
+
+def cut_after(count):
+    """A callback that ends the run after so many steps."""
+    left = iter(range(count - 1))
+
+    def callback(inference, step, loss):
+        if next(left, None) is None:
+            raise Cut
+
+    return callback
+
+
+def begin(name):
+    """New objects, as a new process has them; the global state says how the data are drawn."""
+    net, optim, options, of_loader = SETTINGS[name]
+    pyro.clear_param_store()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    model = function if net is None else Classifier(bayesianize(net()), num_data=20)
+    if of_loader.get("generator"):
+        of_loader = {"generator": torch.Generator().manual_seed(7)}
+    kernel = options.get("kernel", RBF(InputGradients("x")))
+    inference = ParticleInference(
+        model, optim(), 3, **{**options, "kernel": kernel}, num_data=20, seed=5
+    )
+    return inference, loader(**of_loader)
+
+
+def same(a, b, path=""):
+    """Whether two trees are equal bit for bit; raises where they are not."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            same(left, right, f"{path}/{index}")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_cut_off_and_resumed_ends_like_one_that_was_not(name, tmp_path):
+    inference, data = begin(name)
+    expected_losses = inference.fit(data, 3, progress_bar=False, checkpoint=tmp_path / "whole")
+    expected = inference.state_dict()
+    assert len(expected_losses) == 12
+
+    options = {"progress_bar": False, "checkpoint": tmp_path / "cut", "checkpoint_every": 1}
+    # In the middle of an epoch, at its end, at its start, after its first step.
+    for count in (2, 2, 1, 4):
+        inference, data = begin(name)
+        with pytest.raises(Cut):
+            inference.fit(data, 3, callback=cut_after(count), **options)
+        torch.randn(5), np.random.rand(), random.random()
+    inference, data = begin(name)
+    losses = inference.fit(data, 3, **options)
+    assert (losses == expected_losses).all()
+    same(inference.state_dict(), expected)
+    # All is done: the same call again changes nothing and returns the same.
+    inference, data = begin(name)
+    assert (inference.fit(data, 3, **options) == expected_losses).all()
+    same(inference.state_dict()["particles"], expected["particles"])
+
+
+def test_more_epochs_go_on_where_the_last_ended(tmp_path):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    expected = inference.fit(data, 4, progress_bar=False, checkpoint=tmp_path / "whole")
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    inference.fit(data, 2, progress_bar=False, checkpoint=tmp_path / "two")
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    resumed = inference.fit(data, 3, progress_bar=False, checkpoint=tmp_path / "two")
+    assert (resumed == expected[:12]).all()
+    # In the same process, too.
+    more = inference.fit(data, 4, progress_bar=False, checkpoint=tmp_path / "two")
+    assert (more == expected).all()
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    from tests import test_checkpoint as t
+    import pyro_fordes.checkpoint as c
+
+    folder, name, kill, at = sys.argv[1:5]
+    torch.set_num_threads(1)
+    inference, data = t.begin(name)
+    calls = 0
+
+    def killer(*_):
+        global calls
+        calls += 1
+        if calls == int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(function):
+        def wrapped(*args, **kwargs):
+            killer()
+            return function(*args, **kwargs)
+        return wrapped
+
+    if kill == "replace":
+        c.os.replace = before(c.os.replace)
+    if kill == "fsync":
+        c.os.fsync = before(c.os.fsync)
+    losses = inference.fit(
+        data, 3, progress_bar=False, checkpoint=folder, checkpoint_every=1,
+        callback=killer if kill == "step" else None,
+    )
+    torch.save({"losses": losses, "state": inference.state_dict()}, folder + ".result")
+    """
+)
+
+
+def test_sigkill_in_a_step_and_while_saving(tmp_path):
+    """New processes, killed by the system: after a step, before a file is flushed or renamed."""
+    name = "CNN, torch SGD, workers"
+    inference, data = begin(name)
+    expected = inference.fit(data, 3, progress_bar=False)
+    state = inference.state_dict()
+    for kill, at in [("step", 3), ("replace", 3), ("fsync", 4), ("none", 1)]:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), name, kill, str(at)],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (0 if kill == "none" else -signal.SIGKILL), done.stderr
+    result = torch.load(tmp_path / "run.result", weights_only=True)
+    assert (result["losses"] == expected).all()
+    same(result["state"]["particles"], state["particles"])
+    same(result["state"]["buffers"], state["buffers"])
+    same(result["state"]["optimizer"], state["optimizer"])
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_signals_save_before_the_process_ends(number, error, tmp_path):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    before = signal.getsignal(number)
+
+    def callback(inference, step, loss):
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(error) as caught:
+        inference.fit(
+            data,
+            3,
+            progress_bar=False,
+            callback=callback,
+            checkpoint=tmp_path,
+            checkpoint_every=timedelta(days=1),
+        )
+    if number == signal.SIGTERM:
+        assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(number) is before
+    state, _ = newest(tmp_path)
+    assert state["step"] == 5
+    assert (state["position"]["epoch"], state["position"]["batch"]) == (1, 1)
+
+
+# -------------------------------------------------------------------- state and files
+
+
+def started(name="MLP, Pyro's Adam, FoRDE", steps=3):
+    inference, _ = begin(name)
+    inference.run(steps, X, Y, progress_bar=False)
+    return inference
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loading_from_a_file_continues_bit_for_bit(name, tmp_path):
+    inference = started(name)
+    inference.save(tmp_path / "state.pt")
+    expected = inference.run(3, X, Y, progress_bar=False)
+    fresh, _ = begin(name)
+    made = ParticleInference.load(
+        tmp_path / "state.pt",
+        fresh.model,
+        fresh.optim,
+        kernel=fresh.kernel,
+        transport=fresh.transport,
+        num_data=20,
+    )
+    assert (made.run(3, X, Y, progress_bar=False) == expected).all()
+    same(made.state_dict(), inference.state_dict())
+    # An inference that has already moved takes a state over, too.
+    other = started(name, steps=5)
+    other.load(tmp_path / "state.pt")
+    assert (other.run(3, X, Y, progress_bar=False) == expected).all()
+    same(other.state_dict(), inference.state_dict())
+
+
+def test_samples_are_there_before_the_model_has_run(tmp_path):
+    inference = started("function, shared parameters, SVGD")
+    inference.save(tmp_path / "state.pt")
+    fresh, _ = begin("function, shared parameters, SVGD")
+    fresh.load(tmp_path / "state.pt")
+    same(fresh.get_samples(), inference.get_samples())
+    same(fresh.state_dict(), inference.state_dict())
+    with pytest.raises(ArgumentError, match="the model takes"):
+        fresh.step()
+
+
+def test_another_engine_goes_on_with_a_state(tmp_path):
+    inference = started("CNN, Pyro's scheduler, weights")
+    inference.save(tmp_path / "state.pt")
+    fresh, _ = begin("CNN, Pyro's scheduler, weights")
+    made = ParticleInference.load(
+        tmp_path / "state.pt",
+        fresh.model.eval(),
+        fresh.optim,
+        kernel=fresh.kernel,
+        num_data=20,
+        vectorize="vmap",
+    )
+    inference.model.eval()
+    assert made.step(X, Y) == pytest.approx(inference.step(X, Y), rel=1e-5)
+
+
+def test_a_file_is_read_without_unpickling(tmp_path):
+    started().save(tmp_path / "state.pt")
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert content["format"] == 1
+    assert content["state"]["step"] == 3
+    assert content["state"]["versions"]["torch"] == str(torch.__version__)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "state.pt"
+    state = started("CNN, Pyro's scheduler, weights").state_dict()
+    return write(path, state), state
+
+
+def test_a_truncated_file_is_found_out(file):
+    path, _ = file
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 1024):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="damaged, or no checkpoint"):
+            read(path)
+
+
+def test_flipped_bits_are_found_out_or_harmless(file):
+    """A flip may hit padding; then the state is what it was."""
+    path, state = file
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    found = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            same(read(path), state)
+        except CheckpointError:
+            found += 1
+    assert found > 50
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/pyro_fordes_bomb",)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"format": 1, "checksum": "", "state": Bomb()}, tmp_path / "bomb.pt")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save({"format": 99, "checksum": "", "state": {}}, tmp_path / "future.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, pattern in {
+        "bomb.pt": "damaged, or no checkpoint",
+        "other.pt": "no checkpoint of pyro_fordes",
+        "future.pt": "format 99, and this version of pyro_fordes reads format 1",
+        "text.pt": "damaged, or no checkpoint",
+        "missing.pt": "does not exist",
+        ".": "is a folder",
+    }.items():
+        with pytest.raises(CheckpointError, match=pattern):
+            started(steps=1).load(tmp_path / name)
+    assert not Path("/tmp/pyro_fordes_bomb").exists()
+
+
+def test_a_failed_write_leaves_the_older_file(file, monkeypatch):
+    path, state = file
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*older file"):
+        write(path, {"step": 1})
+    monkeypatch.undo()
+    same(read(path), state)
+    assert [p.name for p in path.parent.iterdir()] == ["state.pt"]
+    with pytest.raises(CheckpointError, match="it is a folder"):
+        write(path.parent, {"step": 1})
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write(path / "below.pt", {"step": 1})
+
+
+def test_fit_uses_an_older_file_where_the_newest_is_damaged(tmp_path):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    options = {"progress_bar": False, "checkpoint": tmp_path, "checkpoint_every": 3}
+    expected = inference.fit(data, 2, keep=2, **options)
+    files = numbered(tmp_path)
+    assert [path.name for path in files] == ["step-000000008.pt", "step-000000006.pt"]
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    with pytest.warns(UserWarning, match="step-000000008.*an older checkpoint is used"):
+        losses = inference.fit(data, 2, **options)
+    assert (losses == expected).all()
+    for path in numbered(tmp_path):
+        path.write_bytes(b"")
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        inference.fit(data, 2, **options)
+
+
+def other_model():
+    return Classifier(bayesianize(nn.Linear(6, 3)), num_data=20)
+
+
+def two_groups(params):
+    return torch.optim.Adam([{"params": params[:1]}, {"params": params[1:]}])
+
+
+BAD = {
+    "fewer particles": (
+        lambda: ParticleInference(other_model(), pyro.optim.Adam({"lr": 0.1}), 2),
+        "has 3 particles, this inference 2",
+    ),
+    "another model": (
+        lambda: ParticleInference(other_model(), pyro.optim.Adam({"lr": 0.1}), 3),
+        "latent sites .*'net.0.weight'.* that of another model",
+    ),
+    "another size": (
+        lambda: ParticleInference(
+            Classifier(
+                bayesianize(
+                    nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.ReLU(), nn.Linear(5, 3))
+                )
+            ),
+            pyro.optim.Adam({"lr": 0.1}),
+            3,
+        ),
+        r"site 'net.0.weight' as \(4, 6\) .* the model as \(5, 6\)",
+    ),
+    "double precision": (
+        lambda: ParticleInference(
+            Classifier(bayesianize(mlp().double())), pyro.optim.Adam({"lr": 0.1}), 3
+        ),
+        r"torch.float32, the model as \(4, 6\) of torch.float64",
+    ),
+    "another optimiser": (
+        lambda: ParticleInference(
+            Classifier(bayesianize(mlp())),
+            lambda params: torch.optim.Adam([{"params": params[:1]}, {"params": params[1:]}]),
+            3,
+        ),
+        "optimiser state does not fit Adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_state_of_something_else_is_refused(name):
+    state = started().state_dict()
+    make, pattern = BAD[name]
+    inference = make()
+    x = X.double() if name == "double precision" else X
+
+    def load_and_step():
+        inference.load_state_dict(state)  # says what it can
+        inference.step(x, Y)  # and the rest with the model at hand
+
+    with pytest.raises(CheckpointError, match=pattern):
+        load_and_step()
+
+
+def test_a_mapping_that_is_no_state_is_refused():
+    inference = started()
+    before = inference.state_dict()
+    with pytest.raises(CheckpointError, match=r"lacks .'num_particles'"):
+        inference.load_state_dict({"step": 3})
+    same(inference.state_dict(), before)
+
+
+def test_arguments_of_fit_are_checked(tmp_path):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    with pytest.raises(ArgumentError, match="needs a folder"):
+        inference.fit(data, 1, checkpoint_every=3)
+    for every in (0, 1.5, timedelta(0)):
+        with pytest.raises(ArgumentError, match="checkpoint_every"):
+            inference.fit(data, 1, checkpoint=tmp_path, checkpoint_every=every)
+    with pytest.raises(ArgumentError, match="keep"):
+        inference.fit(data, 1, checkpoint=tmp_path, keep=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="must be a folder"):
+        inference.fit(data, 1, checkpoint=tmp_path / "file")
+
+
+def test_the_checksum_sees_everything():
+    state = {"a": torch.ones(2), "b": [1, (2.0, None)], "c": {"d": "text"}}
+    others = [
+        {**state, "a": torch.ones(2, 1)},
+        {**state, "a": torch.ones(2).double()},
+        {**state, "a": torch.tensor([1.0, 1.0 + 2**-20])},
+        {**state, "b": [1, [2.0, None]]},
+        {**state, "b": [1, (2, None)]},
+        {**state, "c": {"e": "text"}},
+    ]
+    assert len({checksum(other) for other in [state, *others]}) == 7
+    with pytest.raises(CheckpointError, match="got set"):
+        checksum({"a": {1, 2}})
