@@ -24,6 +24,7 @@ from pyro_fordes.lengthscales import (
     tuned_lengthscale as tuned_lengthscale,
 )
 from pyro_fordes.log_joint import LogJoint as LogJoint
+from pyro_fordes.prediction import ParticlePredictive as ParticlePredictive
 from pyro_fordes.schedules import (
     Constant as Constant,
     Cyclic as Cyclic,

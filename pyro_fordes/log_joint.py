@@ -11,7 +11,7 @@ see the same minibatch. The model is run unmodified, once for all particles unde
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
+from pyro_fordes._random import preserved_rng
 from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import (
     Call,
@@ -39,6 +40,7 @@ from pyro_fordes.particles import (
 from pyro_fordes.prototype import (
     Prototype,
     drawing_plates,
+    latents_of,
     module_of,
     named_buffers,
     run_prototype,
@@ -117,8 +119,8 @@ class LogJoint:
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self._signature = _signature(model)
-        self._module = module_of(model)
-        self._wrapped = None if self._module is None else _Wrapped(self._module)
+        self.module = module_of(model)
+        self._wrapped = None if self.module is None else _Wrapped(self.module)
         self._prototypes: dict[Any, Prototype] = {}
         self._first: Prototype | None = None
         # Pyro makes every parameter that it meets require a gradient.
@@ -130,7 +132,7 @@ class LogJoint:
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """The parameters of the model's module, by name."""
-        return {} if self._module is None else dict(self._module.named_parameters())
+        return {} if self.module is None else dict(self.module.named_parameters())
 
     # ---------------------------------------------------------------- arguments
 
@@ -203,7 +205,7 @@ class LogJoint:
         Raises:
             ModelError: if the model has no latent site, or one that particles cannot represent.
         """
-        modules = () if self._module is None else self._module.modules()
+        modules = () if self.module is None else self.module.modules()
         key = _shapes((args, dict(kwargs))), tuple(module.training for module in modules)
         if key not in self._prototypes:
             self.check_call(args, kwargs)
@@ -217,7 +219,7 @@ class LogJoint:
 
     def setting(self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype) -> Setting:
         """What a space may check itself against."""
-        named = () if self._module is None else self._module.named_modules()
+        named = () if self.module is None else self.module.named_modules()
         paths = tuple(name for name, _ in named if name)
         return Setting(
             lambda key: self.locate(key, args, kwargs),
@@ -377,12 +379,11 @@ class LogJoint:
         capture: Callable[[Call], Any],
         submodules: tuple[str, ...] = (),
         buffers: Values | None = None,
+        draw: bool = False,
     ) -> Any:
         """What ``capture`` keeps of each particle's run on arguments without observations.
 
-        Sites that are not among the latent ones are drawn once, as the first particle has them, and
-        all particles get these values. Nothing is summed out, no density is computed and the
-        buffers are left as they are.
+        Nothing is summed out, no density is computed and the buffers are left as they are.
 
         Args:
             values: unconstrained values, ``(particle, *shape)`` each.
@@ -392,6 +393,9 @@ class LogJoint:
             capture: function of a particle's `Call` that returns a tree of tensors.
             submodules: paths of submodules whose outputs ``capture`` reads.
             buffers: per-particle values of the buffers that the model changes.
+            draw: whether each particle draws the other sites, one particle after the other, since
+                most distributions cannot draw under vmap. If not, they are drawn once, as the first
+                particle has them.
 
         Returns:
             The tree, with a leading particle axis.
@@ -414,11 +418,11 @@ class LogJoint:
             name: Subsample(_draw(size, count, device), size)
             for name, (size, count, device) in drawing_plates(trace).items()
         }
-        # Most distributions cannot draw under vmap, and what they would draw is hardly ever used.
         drawn = {
             name: site["value"]
             for name, site in trace.nodes.items()
-            if site["type"] == "sample"
+            if not draw
+            and site["type"] == "sample"
             and not (site["is_observed"] or site_is_subsample(site) or name in values)
         }
 
@@ -433,7 +437,16 @@ class LogJoint:
                 trace = self._trace(own_buffers, args, kwargs)
             return (capture(Call(trace, modules)),)
 
-        return self._map(run, values, {}, kept)[0][0]
+        return self._map(run, values, {}, kept, "loop" if draw else None)[0][0]
+
+    def latents(
+        self, names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
+    ) -> dict[str, Latent]:
+        """Latent sites by name, from a run on arguments without observations."""
+        self.check_call(args, kwargs)
+        own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
+        with preserved_rng(), torch.no_grad(), pyro.validation_enabled(False):
+            return latents_of(self._trace(own, args, kwargs), names)
 
     def _trace(
         self,
@@ -453,13 +466,18 @@ class LogJoint:
             )
 
     def _map(
-        self, run: Callable[..., Any], values: Values, inputs: Values, stacked: dict[str, Tensor]
+        self,
+        run: Callable[..., Any],
+        values: Values,
+        inputs: Values,
+        stacked: dict[str, Tensor],
+        engine: str | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a function of one particle for all; returns its results and the buffers after it."""
         first = next(iter(values.values()))
         try:
             with pyro.validation_enabled(False):
-                if self.engine(first.device) == "loop":
+                if (engine or self.engine(first.device)) == "loop":
                     return _loop(run, values, inputs, stacked, len(first))
                 results = torch.func.vmap(run, randomness="different")(
                     dict(values), inputs, stacked
@@ -490,7 +508,7 @@ class LogJoint:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""
         if self.vectorize != "auto":
             return self.vectorize
-        modules = [] if self._module is None else list(self._module.modules())
+        modules = [] if self.module is None else list(self.module.modules())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             return "loop"
         has_convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in modules)
@@ -532,7 +550,7 @@ class LogJoint:
                 def hook(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
                     outputs[path] = output
 
-                handle = self._module.get_submodule(path).register_forward_hook(hook)  # type: ignore[union-attr]
+                handle = self.module.get_submodule(path).register_forward_hook(hook)  # type: ignore[union-attr]
                 stack.callback(handle.remove)
             yield outputs
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,14 @@ def run_prototype(
             for buffer, before in saved.values():
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    return Prototype(trace, drawing_plates(trace), _latents(trace), mutated, enumerated, nesting)
+    return Prototype(
+        trace,
+        drawing_plates(trace),
+        latents_of(trace, latent_sites(trace)),
+        mutated,
+        enumerated,
+        nesting,
+    )
 
 
 def drawing_plates(trace: Any) -> dict[str, tuple[int, int, Any]]:
@@ -250,11 +257,17 @@ def _check_sites(trace: Any) -> None:
         )
 
 
-def _latents(trace: Any) -> dict[str, Latent]:
-    """The latent sites of a checked trace."""
+def latents_of(trace: Any, names: Iterable[str]) -> dict[str, Latent]:
+    """Sites of a trace as latent ones.
+
+    Raises:
+        ModelError: if one is missing, or its support cannot be mapped to the real line.
+    """
     latents = {}
-    for name in latent_sites(trace):
-        site = trace.nodes[name]
+    for name in names:
+        site = trace.nodes.get(name)
+        if site is None:
+            raise ModelError(f"with these arguments the model has no site '{name}'")
         try:
             transform = biject_to(site["fn"].support)
         except NotImplementedError:

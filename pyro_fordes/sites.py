@@ -123,7 +123,7 @@ def distribution_parameters(fn: Any) -> dict[str, Tensor]:
     """
     base = base_distribution(fn)
     return {
-        name: _transform(base, name).inv(value) for name, value in _given_parameters(base).items()
+        name: _transform(base, name).inv(value) for name, value in given_parameters(base).items()
     }
 
 
@@ -148,7 +148,7 @@ def log_likelihood_scores(site: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return log_prob, gradients
 
 
-def _given_parameters(base: Any) -> dict[str, Tensor]:
+def given_parameters(base: Any) -> dict[str, Tensor]:
     """The parameters that a distribution was made from, with its batch dimensions."""
     constraints = base.arg_constraints
     names = ["logits"] if "logits" in constraints else [n for n in constraints if n in vars(base)]
