@@ -129,10 +129,31 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
                 f"or mask them with poutine.mask and put any finite value in their place"
             )
     trace.compute_log_prob()
-    for site in trace.nodes.values():
+    for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
-            check_site_shape(site, math.inf)
+            _check_shape(name, site)
     return trace
+
+
+def _check_shape(name: str, site: Any) -> None:
+    """Refuse a log probability of a shape that the model did not mean.
+
+    In plates Pyro's own check says so. Outside of them many models leave batch dimensions
+    undeclared, as NUTS lets them; the sum is right, unless value and distribution were broadcast
+    against each other.
+    """
+    if site["cond_indep_stack"]:
+        check_site_shape(site, math.inf)
+        return
+    fn, shape = site["fn"], site["log_prob"].shape
+    value = torch.as_tensor(site["value"])
+    batch = value.shape[: value.dim() - fn.event_dim]
+    if shape not in (fn.batch_shape, batch):
+        raise ModelError(
+            f"at site '{name}' a value of batch shape {tuple(batch)} and a distribution of batch "
+            f"shape {tuple(fn.batch_shape)} were broadcast to {tuple(shape)}, so that each value "
+            f"counts more than once; give both the same shape"
+        )
 
 
 def _check_finite_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
