@@ -9,7 +9,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_sample,
+    init_to_uniform,
+)
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
@@ -111,15 +115,7 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
     What Pyro and the model itself have to say reaches the user as it is, after the two mistakes
     that they report badly: mixed types, and observations that are not finite.
     """
-    tracer = poutine.trace()
-    try:
-        with tracer:
-            InitMessenger(init_to_sample)(model)(*args, **kwargs)
-    except Exception:
-        check_data(args, kwargs, _latent_values(tracer.trace))
-        _check_finite_data(args, kwargs)
-        raise
-    trace = tracer.trace
+    trace = _run(model, args, kwargs)
     _check_sites(trace)
     check_data(args, kwargs, _latent_values(trace))
     for name in observed_sites(trace):
@@ -133,6 +129,29 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
         if site["type"] == "sample" and not site_is_subsample(site):
             _check_shape(name, site)
     return trace
+
+
+def _run(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """One run with draws from the prior, or near zero where the model cannot take such a draw.
+
+    Particles may start elsewhere; that wide priors overflow says nothing about them.
+    """
+    failed: Exception | None = None
+    for init in (init_to_sample, init_to_uniform(radius=0.1)):
+        tracer = poutine.trace()
+        try:
+            with tracer:
+                InitMessenger(init)(model)(*args, **kwargs)
+        except Exception as error:
+            check_data(args, kwargs, _latent_values(tracer.trace))
+            _check_finite_data(args, kwargs)
+            failed = failed or error
+            if not isinstance(error, ValueError):
+                break
+        else:
+            return tracer.trace
+    assert failed is not None
+    raise failed
 
 
 def _check_shape(name: str, site: Any) -> None:

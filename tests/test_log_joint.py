@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -21,6 +22,7 @@ from pyro_fordes import (
     InputGradients,
     LogJoint,
     ModelError,
+    NumericalError,
     ParticleInference,
     Weights,
     bayesianize,
@@ -433,6 +435,23 @@ def test_undeclared_batch_dimensions(vectorize):
         for model in (bare, declared)
     )
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_prior_draw_that_the_model_cannot_take_stops_nothing():
+    """A logistic function typed out overflows under a wide prior, and fails where it starts."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.tensor(1000.0), 1.0))
+        p = z.exp() / (1 + z.exp())
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    assert list(LogJoint(model).prototype((torch.ones(5),), {}).latents) == ["z"]
+    adam = pyro.optim.Adam({"lr": 0.01})
+    with pytest.raises(NumericalError, match=r"outside the support|init_loc_fn"):
+        ParticleInference(model, adam, 3, kernel=RBF(Weights())).step(torch.ones(5))
+    start = init_to_uniform(radius=1.0)
+    ParticleInference(model, adam, 3, kernel=RBF(Weights()), init_loc_fn=start).step(torch.ones(5))
 
 
 def test_broadcast_of_value_and_distribution_is_refused():
