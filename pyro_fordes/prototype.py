@@ -10,7 +10,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_sample,
+    init_to_uniform,
+)
 from pyro.poutine.messenger import unwrap
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
@@ -189,15 +193,7 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
     What Pyro and the model itself have to say reaches the user as it is, after the two mistakes
     that they report badly: mixed types, and observations that are not finite.
     """
-    tracer = poutine.trace()
-    try:
-        with tracer:
-            InitMessenger(init_to_sample)(model)(*args, **kwargs)
-    except Exception:
-        check_data(args, kwargs, _latent_values(tracer.trace))
-        _check_finite_data(args, kwargs)
-        raise
-    trace = tracer.trace
+    trace = _run(model, args, kwargs)
     _check_sites(trace)
     check_data(args, kwargs, _latent_values(trace))
     for name in observed_sites(trace):
@@ -207,10 +203,54 @@ def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str
                 f"or mask them with poutine.mask and put any finite value in their place"
             )
     trace.compute_log_prob()
-    for site in trace.nodes.values():
+    for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
-            check_site_shape(site, math.inf)
+            _check_shape(name, site)
     return trace
+
+
+def _run(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """One run with draws from the prior, or near zero where the model cannot take such a draw.
+
+    Particles may start elsewhere; that wide priors overflow says nothing about them.
+    """
+    failed: Exception | None = None
+    for init in (init_to_sample, init_to_uniform(radius=0.1)):
+        tracer = poutine.trace()
+        try:
+            with tracer:
+                InitMessenger(init)(model)(*args, **kwargs)
+        except Exception as error:
+            check_data(args, kwargs, _latent_values(tracer.trace))
+            _check_finite_data(args, kwargs)
+            failed = failed or error
+            if not isinstance(error, ValueError):
+                break
+        else:
+            return tracer.trace
+    assert failed is not None
+    raise failed
+
+
+def _check_shape(name: str, site: Any) -> None:
+    """Refuse a log probability of a shape that the model did not mean.
+
+    In plates Pyro's own check says so. Outside of them many models leave batch dimensions
+    undeclared, as NUTS lets them; the sum is right, unless value and distribution were broadcast
+    against each other.
+    """
+    if site["cond_indep_stack"]:
+        check_site_shape(site, math.inf)
+        return
+    fn, shape = site["fn"], site["log_prob"].shape
+    value = torch.as_tensor(site["value"])
+    batch = value.shape[: value.dim() - fn.event_dim]
+    if shape not in (fn.batch_shape, batch):
+        raise ModelError(
+            f"at site '{name}' a value of batch shape {tuple(batch)} and a distribution of batch "
+            f"shape {tuple(fn.batch_shape)} were broadcast to {tuple(shape)}, so that each value "
+            f"counts more than once; give both the same shape"
+        )
 
 
 def _check_finite_data(args: tuple, kwargs: Mapping[str, Any]) -> None:

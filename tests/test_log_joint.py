@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -21,6 +22,7 @@ from pyro_fordes import (
     InputGradients,
     LogJoint,
     ModelError,
+    NumericalError,
     ParticleInference,
     Weights,
     bayesianize,
@@ -400,7 +402,8 @@ def test_validation_switch_is_left_as_it_was(setting):
 
 def test_pyros_own_shape_errors_reach_the_user():
     def missing_event(x, y):
-        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("w", dist.Normal(torch.zeros(2, 5), 1.0))
 
     def wrong_plate(x, y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -411,6 +414,55 @@ def test_pyros_own_shape_errors_reach_the_user():
         LogJoint(missing_event).prototype((X, Y), {})
     with pytest.raises(ValueError, match=r"y"):
         LogJoint(wrong_plate).prototype((X, Y), {})
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_undeclared_batch_dimensions(vectorize):
+    """Outside of plates NUTS sums over them, as eight schools of Pyro's examples needs."""
+
+    def bare(y):
+        z = pyro.sample("z", dist.LogNormal(torch.zeros(2), 1.0))
+        pyro.sample("y", dist.Normal(0.0, z), obs=y)
+
+    def declared(y):
+        z = pyro.sample("z", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, z).to_event(1), obs=y)
+
+    values = {"z": torch.randn(3, 2, dtype=torch.float64)}
+    found, wanted = (
+        LogJoint(model, vectorize).evaluate(values, (torch.ones(4, 2).double(),), {}).log_joint
+        for model in (bare, declared)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_prior_draw_that_the_model_cannot_take_stops_nothing():
+    """A logistic function typed out overflows under a wide prior, and fails where it starts."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.tensor(1000.0), 1.0))
+        p = z.exp() / (1 + z.exp())
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    assert list(LogJoint(model).prototype((torch.ones(5),), {}).latents) == ["z"]
+    adam = pyro.optim.Adam({"lr": 0.01})
+    with pytest.raises(NumericalError, match=r"outside the support|init_loc_fn"):
+        ParticleInference(model, adam, 3, kernel=RBF(Weights())).step(torch.ones(5))
+    start = init_to_uniform(radius=1.0)
+    ParticleInference(model, adam, 3, kernel=RBF(Weights()), init_loc_fn=start).step(torch.ones(5))
+
+
+def test_broadcast_of_value_and_distribution_is_refused():
+    """The classic mistake: a column of means and a row of observations, without a plate."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * torch.ones(len(y), 1), 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"'y'.*\(5,\).*\(5, 1\).*broadcast to \(5, 5\)"):
+        LogJoint(model).prototype((torch.ones(5),), {})
 
 
 # ------------------------------------------------------------------- shapes at random
