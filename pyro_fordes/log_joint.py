@@ -91,9 +91,9 @@ class LogJoint:
     Args:
         model: any Pyro callable with continuous latent sites: a function or a ``PyroModule``.
         vectorize: ``"vmap"`` runs the model once for all particles, ``"loop"`` once per particle,
-            ``"auto"`` takes the loop for models with recurrent layers (for which ``vmap`` has no
-            rule) and, on a CPU, with convolutions (which it turns into slower grouped ones), and
-            ``vmap`` otherwise.
+            ``"auto"`` takes the loop for models with recurrent layers or other operations for which
+            ``vmap`` has no rule and, on a CPU, with convolutions (which it turns into slower
+            grouped ones), and ``vmap`` otherwise.
         max_plate_nesting: how many batch dimensions belong to plates, for models with discrete
             latent sites, which are summed out in the dimensions left of them. None looks at the
             plates of the first run.
@@ -123,6 +123,7 @@ class LogJoint:
         self._wrapped = None if self.module is None else _Wrapped(self.module)
         self._prototypes: dict[Any, Prototype] = {}
         self._first: Prototype | None = None
+        self._vectorises: bool | None = None  # not known before the first attempt
         # Pyro makes every parameter that it meets require a gradient.
         self._frozen = {
             name
@@ -475,13 +476,17 @@ class LogJoint:
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a function of one particle for all; returns its results and the buffers after it."""
         first = next(iter(values.values()))
+        engine = engine or self.engine(first.device)
+        # What a first attempt may leave half changed.
+        untouched = {} if self._vectorises else {k: v.clone() for k, v in stacked.items()}
         try:
             with pyro.validation_enabled(False):
-                if (engine or self.engine(first.device)) == "loop":
+                if engine == "loop":
                     return _loop(run, values, inputs, stacked, len(first))
                 results = torch.func.vmap(run, randomness="different")(
                     dict(values), inputs, stacked
                 )
+                self._vectorises = True
                 return results, stacked
         except (ModelError, ArgumentError):
             raise
@@ -494,6 +499,9 @@ class LogJoint:
                 f"too large"
             ) from error
         except RuntimeError as error:
+            if engine == "vmap" and self.vectorize == "auto" and _has_no_vectorised_form(error):
+                self._vectorises = False
+                return self._map(run, values, inputs, untouched, "loop")
             raise self._explain(error) from error
 
     def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
@@ -508,6 +516,8 @@ class LogJoint:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""
         if self.vectorize != "auto":
             return self.vectorize
+        if self._vectorises is False:
+            return "loop"
         modules = [] if self.module is None else list(self.module.modules())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             return "loop"
@@ -522,12 +532,7 @@ class LogJoint:
                 "the model updates a tensor in place (BatchNorm in a plain function?); write the "
                 "model as a PyroModule so that its buffers can be kept per particle"
             )
-        elif (
-            "vmap" in text
-            or "Batching rule" in text
-            or "data-dependent" in text
-            or "BatchedTensor" in text
-        ):
+        elif _has_no_vectorised_form(error):
             hint = "some operation has no vectorised form; use vectorize='loop'"
         else:
             return ModelError(f"the model failed when run with particles: {text}")
@@ -553,6 +558,15 @@ class LogJoint:
                 handle = self.module.get_submodule(path).register_forward_hook(hook)  # type: ignore[union-attr]
                 stack.callback(handle.remove)
             yield outputs
+
+
+def _has_no_vectorised_form(error: RuntimeError) -> bool:
+    """Whether an error is vmap's, about an operation that a loop could run."""
+    text = str(error)
+    if "running_mean" in text or "in-place" in text or "inplace" in text:
+        return False
+    signs = ("vmap", "Batching rule", "data-dependent", "BatchedTensor", "setup_context")
+    return any(sign in text for sign in signs)
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature | None:

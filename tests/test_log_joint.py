@@ -940,3 +940,49 @@ def test_a_support_that_follows_the_data_is_refused():
     log_joint.prototype((Y,), {})
     with pytest.raises(ModelError, match="support of site 'top' changes with the model's argu"):
         log_joint.prototype((10 * Y[:4],), {})
+
+
+def test_auto_takes_the_loop_where_vmap_has_no_rule():
+    """An old-style autograd function, and a branch on a value; buffers change once only."""
+
+    class Branching(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.w = PyroSample(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+        def forward(self, x, y):
+            h = self.norm(x)
+            w = self.w
+            mean = h @ w if w.sum() > 0 else 2 * (h @ w)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    def old_style(x, y):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(pyro.ops.special.safe_log(rate), 1.0), obs=y)
+
+    for model in (Branching(), old_style):
+        found = {}
+        for vectorize in ("auto", "loop"):
+            inference = ParticleInference(
+                model,
+                pyro.optim.SGD({"lr": 0.01}),
+                3,
+                kernel=RBF(Weights()),
+                vectorize=vectorize,
+                seed=0,
+            )
+            losses = inference.run(3, X, Y, progress_bar=False)
+            found[vectorize] = losses, inference.get_samples(), inference._buffers
+        assert (found["auto"][0] == found["loop"][0]).all()
+        for name, value in found["auto"][1].items():
+            assert (value == found["loop"][1][name]).all()
+        for name, value in found["auto"][2].items():
+            assert (value == found["loop"][2][name]).all()
+        inference = ParticleInference(
+            model, pyro.optim.SGD({"lr": 0.01}), 3, kernel=RBF(Weights()), vectorize="vmap"
+        )
+        with pytest.raises(ModelError, match="use vectorize='loop'"):
+            inference.setup(X, Y)
