@@ -948,7 +948,7 @@ def test_auto_takes_the_loop_where_vmap_has_no_rule():
     class Branching(PyroModule):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm1d(2)
+            self.norm = nn.BatchNorm1d(2, affine=False)
             self.w = PyroSample(dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
         def forward(self, x, y):
