@@ -38,7 +38,6 @@ _EXTRAS = {
     "arviz": "arviz",
     "matplotlib": "plots",
     "sklearn": "eval",
-    "torchmetrics": "eval",
     "torchvision": "vision",
 }
 
