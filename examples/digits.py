@@ -13,7 +13,6 @@ it, repulsion still gains a sixth under corruption and nothing on clean ones.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -34,7 +33,6 @@ from pyro.nn import PyroModule
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
-from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -47,6 +45,7 @@ from pyro_fordes import (
     Weights,
     bayesianize,
     init_to_modules,
+    metrics,
     pca_lengthscale,
     to_arviz,
 )
@@ -227,12 +226,11 @@ def particle_logits(inference: ParticleInference, x: Tensor) -> Tensor:
 
 def score(inference: ParticleInference, x: Tensor, y: Tensor) -> dict[str, float]:
     """NLL, accuracy and calibration error of the mean of the particles' probabilities."""
-    logits = particle_logits(inference, x)
-    log_prob = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    log_probs = particle_logits(inference, x).log_softmax(-1)
     return {
-        "NLL": nn.functional.nll_loss(log_prob, y).item(),
-        "accuracy": (log_prob.argmax(-1) == y).float().mean().item(),
-        "ECE": multiclass_calibration_error(log_prob.exp(), y, num_classes=10, n_bins=15).item(),
+        "NLL": metrics.nll(log_probs, y).item(),
+        "accuracy": metrics.accuracy(log_probs, y).item(),
+        "ECE": metrics.ece(log_probs, y).item(),
     }
 
 

@@ -42,7 +42,6 @@ _EXTRAS = {
     "arviz": "arviz",
     "matplotlib": "plots",
     "sklearn": "eval",
-    "torchmetrics": "eval",
     "torchvision": "vision",
 }
 

@@ -18,6 +18,7 @@ ALLOWED = {
     "bnn": {"_checks"},
     "lengthscales": {"_checks"},
     "dynamics": {"_checks"},
+    "metrics": {"_checks"},
     "schedules": {"_checks", "particles"},
     "sites": {"particles"},
     "bandwidths": {"_checks", "particles"},
@@ -88,7 +89,7 @@ def test_the_table_has_levels():
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
     tensors_only = ("particles", "bandwidths", "kernels", "lengthscales", "transports")
-    others = ("diagnostics", "schedules", "dynamics")
+    others = ("diagnostics", "schedules", "dynamics", "metrics")
     for name in ("_checks", "_random", *tensors_only, *others):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
