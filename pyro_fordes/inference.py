@@ -184,7 +184,7 @@ class ParticleInference:
         """
         if self._particles and self._loaded is None:
             return
-        self._log_joint.check_call(args, kwargs)
+        self._log_joint.arguments.check(args, kwargs)
         space = self._space
         if self.transport.repulsive:
             self.transport.check(space)
@@ -209,7 +209,7 @@ class ParticleInference:
         self, space: Space, args: tuple, kwargs: Mapping[str, Any], *, scores: bool = False
     ) -> Space:
         """A space made ready for the model, or an error that says why it does not fit."""
-        space.check(lambda key: self._log_joint.locate(key, args, kwargs))
+        space.check(lambda key: self._log_joint.arguments.locate(key, args, kwargs))
         prototype = self._log_joint.prototype(args, kwargs)
         setting = self._log_joint.setting(args, kwargs, prototype)
         return space.prepare(replace(setting, scores=scores))

@@ -10,7 +10,6 @@ see the same minibatch. The model is run unmodified, once for all particles unde
 ``torch.func.vmap`` or once per particle in a loop.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -28,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
 from pyro_fordes._random import preserved_rng
+from pyro_fordes.arguments import Arguments, substitute
 from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import (
     Call,
@@ -118,7 +118,7 @@ class LogJoint:
         self.model = model
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
-        self._signature = _signature(model)
+        self.arguments = Arguments(model)
         self.module = module_of(model)
         self._wrapped = None if self.module is None else _Wrapped(self.module)
         self._prototypes: dict[Any, Prototype] = {}
@@ -135,67 +135,6 @@ class LogJoint:
         """The parameters of the model's module, by name."""
         return {} if self.module is None else dict(self.module.named_parameters())
 
-    # ---------------------------------------------------------------- arguments
-
-    def locate(self, key: int | str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[str, Any]:
-        """Find a model argument by name or position.
-
-        Returns:
-            Its name (its position as text where the model takes ``*args``) and its value.
-
-        Raises:
-            ArgumentError: if there is no such argument in the call.
-        """
-        place = self._place(key, args, kwargs)
-        value = args[place] if isinstance(place, int) else kwargs[place]
-        names = self._names()
-        if isinstance(place, int):
-            return (names[place] if place < len(names) else str(place)), value
-        return place, value
-
-    def _names(self) -> list[str]:
-        """Names of the parameters that can be given by position."""
-        if self._signature is None:
-            return []
-        positional = (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        )
-        return [p.name for p in self._signature.parameters.values() if p.kind in positional]
-
-    def _place(self, key: int | str, args: tuple, kwargs: Mapping[str, Any]) -> int | str:
-        """Position in ``args`` or name in ``kwargs`` of an argument."""
-        names = self._names()
-        if isinstance(key, str) and key.isdigit():
-            key = int(key)
-        if isinstance(key, str):
-            if key in kwargs:
-                return key
-            if key in names and names.index(key) < len(args):
-                return names.index(key)
-        else:
-            if 0 <= key < len(args):
-                return key
-            if 0 <= key < len(names) and names[key] in kwargs:
-                return names[key]
-        given = names[: len(args)] or list(map(str, range(len(args))))
-        given = given + list(kwargs)
-        raise ArgumentError(
-            f"the model has no argument {key!r} in this call; it got {', '.join(given) or 'none'}"
-        )
-
-    def check_call(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Raise an `ArgumentError` if the model cannot be called with these arguments."""
-        if self._signature is None:
-            return
-        try:
-            self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise ArgumentError(
-                f"the model takes {self._signature}, but was called with {len(args)} positional "
-                f"arguments and the keywords {list(kwargs)}: {error}"
-            ) from error
-
     # ---------------------------------------------------------------- prototype
 
     def prototype(self, args: tuple, kwargs: Mapping[str, Any]) -> Prototype:
@@ -209,7 +148,7 @@ class LogJoint:
         modules = () if self.module is None else self.module.modules()
         key = _shapes((args, dict(kwargs))), tuple(module.training for module in modules)
         if key not in self._prototypes:
-            self.check_call(args, kwargs)
+            self.arguments.check(args, kwargs)
             if len(self._prototypes) >= 64:
                 self._prototypes.pop(next(iter(self._prototypes)))
             prototype = run_prototype(self.model, args, kwargs, self.max_plate_nesting)
@@ -223,7 +162,7 @@ class LogJoint:
         named = () if self.module is None else self.module.named_modules()
         paths = tuple(name for name, _ in named if name)
         return Setting(
-            lambda key: self.locate(key, args, kwargs),
+            lambda key: self.arguments.locate(key, args, kwargs),
             paths,
             prototype.trace,
             prototype.latents,
@@ -331,8 +270,8 @@ class LogJoint:
         count = len(next(iter(values.values())))
         inputs, place = {}, None
         if input is not None:
-            name, tensor = self.locate(input, args, kwargs)
-            place = self._place(input, args, kwargs)
+            name, tensor = self.arguments.locate(input, args, kwargs)
+            place = self.arguments.place(input, args, kwargs)
             inputs[name] = tensor.detach().expand(count, *tensor.shape).requires_grad_()
         stacked = self.stack_buffers(prototype, count)
         stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}
@@ -347,7 +286,7 @@ class LogJoint:
             constrained, log_det = _constrain(particle, prototype.latents)
             call_args, call_kwargs = args, kwargs
             for tensor in stand_in.values():
-                call_args, call_kwargs = _substitute(args, kwargs, place, tensor)
+                call_args, call_kwargs = substitute(args, kwargs, place, tensor)
             with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
                 trace = self._trace(own_buffers, call_args, call_kwargs, prototype)
             if prototype.enumerated:
@@ -404,7 +343,7 @@ class LogJoint:
         Raises:
             ModelError: if the model cannot be run with these arguments.
         """
-        self.check_call(args, kwargs)
+        self.arguments.check(args, kwargs)
         kept = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         first, _ = _constrain({name: value[0] for name, value in values.items()}, latents)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
@@ -444,7 +383,7 @@ class LogJoint:
         self, names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
     ) -> dict[str, Latent]:
         """Latent sites by name, from a run on arguments without observations."""
-        self.check_call(args, kwargs)
+        self.arguments.check(args, kwargs)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with preserved_rng(), torch.no_grad(), pyro.validation_enabled(False):
             return latents_of(self._trace(own, args, kwargs), names)
@@ -569,15 +508,6 @@ def _has_no_vectorised_form(error: RuntimeError) -> bool:
     return any(sign in text for sign in signs)
 
 
-def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
-    """Signature of the function that Pyro calls, None where it cannot be known."""
-    try:
-        inner = unwrap(model)
-        return inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner)
-    except (TypeError, ValueError):
-        return None
-
-
 def _shapes(tree: Any) -> Any:
     """Hashable description of call arguments: equal ones give the same prototype."""
     leaves, spec = pytree.tree_flatten(tree)
@@ -662,15 +592,6 @@ def _is_identity(transform: Any) -> bool:
     while hasattr(transform, "base_transform"):
         transform = transform.base_transform
     return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
-
-
-def _substitute(
-    args: tuple, kwargs: Mapping[str, Any], place: int | str | None, value: Tensor
-) -> tuple[tuple, Mapping[str, Any]]:
-    """The call's arguments with one of them replaced."""
-    if isinstance(place, int):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
-    return args, {**kwargs, str(place): value}
 
 
 def _loop(

@@ -214,22 +214,28 @@ def _run(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> A
 
     Particles may start elsewhere; that wide priors overflow says nothing about them.
     """
-    failed: Exception | None = None
-    for init in (init_to_sample, init_to_uniform(radius=0.1)):
-        tracer = poutine.trace()
+    try:
+        return _trace(model, args, kwargs, init_to_sample)
+    except ValueError as first:
         try:
-            with tracer:
-                InitMessenger(init)(model)(*args, **kwargs)
-        except Exception as error:
-            check_data(args, kwargs, _latent_values(tracer.trace))
-            _check_finite_data(args, kwargs)
-            failed = failed or error
-            if not isinstance(error, ValueError):
-                break
-        else:
-            return tracer.trace
-    assert failed is not None
-    raise failed
+            return _trace(model, args, kwargs, init_to_uniform(radius=0.1))
+        except ValueError:
+            raise first from None
+
+
+def _trace(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], init: Callable[[Any], Any]
+) -> Any:
+    """One run, its latent sites filled by ``init``; says of a failure what Pyro does not."""
+    tracer = poutine.trace()
+    try:
+        with tracer:
+            InitMessenger(init)(model)(*args, **kwargs)
+    except Exception:
+        check_data(args, kwargs, _latent_values(tracer.trace))
+        _check_finite_data(args, kwargs)
+        raise
+    return tracer.trace
 
 
 def _check_shape(name: str, site: Any) -> None:
