@@ -366,8 +366,9 @@ class LogJoint:
     ) -> Any:
         """What ``capture`` keeps of each particle's run on arguments without observations.
 
-        Sites that are not among the latent ones are sampled. Nothing is summed out, no density is
-        computed and the buffers are left as they are.
+        Sites that are not among the latent ones are drawn once, as the first particle has them, and
+        all particles get these values. Nothing is summed out, no density is computed and the
+        buffers are left as they are.
 
         Args:
             values: unconstrained values, ``(particle, *shape)`` each.
@@ -399,6 +400,13 @@ class LogJoint:
             name: Subsample(_draw(size, count, device), size)
             for name, (size, count, device) in drawing_plates(trace).items()
         }
+        # Most distributions cannot draw under vmap, and what they would draw is hardly ever used.
+        drawn = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and not (site["is_observed"] or site_is_subsample(site) or name in values)
+        }
 
         def run(
             particle: Mapping[str, Tensor],
@@ -406,7 +414,8 @@ class LogJoint:
             own_buffers: dict[str, Tensor],
         ) -> tuple[Any]:
             constrained, _log_det = _constrain(particle, latents)
-            with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
+            given = {**drawn, **constrained}
+            with self._recorded(submodules) as modules, _Replay(given, subsamples):
                 trace = self._trace(own_buffers, args, kwargs)
             return (capture(Call(trace, modules)),)
 

@@ -177,6 +177,27 @@ def test_other_points_take_the_place_of_the_batch(points, vectorize):
         torch.testing.assert_close(inference.representation(X, LABELS), expected.detach())
 
 
+@pytest.mark.parametrize("observed", [dist.Normal, dist.Cauchy, dist.Laplace, dist.Poisson])
+def test_other_points_need_no_draw_of_the_observations(observed):
+    """Few distributions can be drawn from under vmap; what is compared are their parameters."""
+
+    def model(x, y=None):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = (x @ weight).exp()
+        with pyro.plate("data", len(x)):
+            scale = () if observed is dist.Poisson else (1.0,)
+            pyro.sample("y", observed(mean, *scale), obs=y)
+
+    space = Outputs(points=EXTRA, group="point")
+    inference = start(model, X, torch.ones(5), space=space, vectorize="vmap")
+    found = inference.representation(X, torch.ones(5))[..., 0]
+    expected = (inference._particles["weight"] @ EXTRA.T).detach()
+    if observed is not dist.Poisson:  # its rate is compared as a logarithm
+        expected = expected.exp()
+    torch.testing.assert_close(found, expected)
+    inference.run(2, X, torch.ones(5), progress_bar=False)
+
+
 def test_random_points_come_from_the_inference_stream():
     def run(seed):
         space = Outputs("logits", points=lambda: torch.randn(4, 2))
