@@ -319,7 +319,8 @@ class InputGradients:
         for output, values in zip(self.outputs, evaluation.captured, strict=True):
             rows = _rows_of(values, x, evaluation, output)
             for column in values.unbind(-1):
-                g = _gradient(column, x, output, str(self.input)).flatten(2)
+                g = _gradient(column, x, output, str(self.input))
+                g = g.reshape(*g.shape[:2], -1)  # an input of one axis has one feature
                 gradients.append(g if rows is None else g.index_select(1, rows))
         g = torch.cat(gradients, dim=1) if len(gradients) > 1 else gradients[0]
         if self.normalize:

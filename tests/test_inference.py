@@ -287,6 +287,22 @@ def test_regression_uses_the_mean_and_every_output():
 
 
 @pytest.mark.usefixtures("double")
+def test_an_input_of_one_axis_has_one_feature_per_point():
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x.square(), 1.0), obs=y)
+
+    x = torch.linspace(0, 1, 5)
+    inference = ParticleInference(
+        model, sgd(), 3, kernel=RBF(InputGradients("x", normalize=False)), seed=0
+    )
+    inference.step(x, x)
+    expected = 2 * inference.get_samples()["slope"].reshape(3, 1, 1) * x.reshape(1, 5, 1)
+    torch.testing.assert_close(inference.representation(x, x), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("double")
 def test_input_gradients_follow_a_plate_that_subsamples():
     """The model picks rows itself; the representation has those rows only."""
 
