@@ -116,7 +116,8 @@ class WGD:
         num_eigenpairs: how many leading eigenpairs ssge keeps; None for all.
         whiten: None, ``"diag"`` or ``"full"``; weight space only. The covariance is shrunk to its
             diagonal by 0.001, by 0.2 where there are at most twice as many particles as
-            dimensions.
+            dimensions. ``"full"`` keeps it whole, dimension x dimension numbers, so it is for
+            models of at most some thousand values.
         calibrate: whether to rescale the estimate by Stein's identity; weight space only.
 
     Raises:

@@ -126,3 +126,22 @@ def test_step_in_weight_space(name, group):
     largest = max(MANY * (weights + MANY), weights**2 * whitens_fully(name))
     assert memory.largest <= largest
     assert memory.peak <= 12 * largest
+
+
+def test_blocks_of_coordinates_are_the_same_as_all_at_once():
+    """Forces and diagnostics; 26 coordinates of 5 particles come in blocks of 6."""
+    space = Weights(group="coordinate")
+    inference = ParticleInference(
+        Model(), pyro.optim.SGD({"lr": 1.0}), 5, kernel=RBF(space), transport=WGD(), seed=0
+    )
+    inference.setup(X, Y)
+    values = inference.get_unconstrained()
+    rows = torch.cat([value.flatten(1) for value in values.values()], dim=1)
+    blocks = inference._space.split(rows[:, None], values)
+    assert [block.shape[1] for block in blocks] == [6, 6, 6, 6, 2]
+    whole = WGD().repel(RBF(space), rows[:, :, None], pooled=False)
+    inference.step(X, Y)
+    found = inference.diagnostics()
+    torch.testing.assert_close(found["repulsive_force"], whole.velocity.flatten(1).norm(dim=1))
+    assert found["effective_particles"] == pytest.approx(25 / whole.kernel.mean.sum().item())
+    assert found["bandwidth"] == pytest.approx(whole.kernel.bandwidth.mean().item())
