@@ -137,7 +137,7 @@ def squared_distances(
                  [4., 0.]]])
     """
     r = everyone.transpose(0, 1)
-    squares = (r * r).sum(-1)
+    squares = torch.linalg.vecdot(r, r)
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
     distances = torch.baddbmm(sums, r, r.mT, alpha=-2.0).clamp_min_(0.0)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
