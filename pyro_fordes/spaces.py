@@ -175,7 +175,7 @@ class Weights:
         """Undo `split`."""
         if self.group == "coordinate":
             return torch.cat(parts, dim=1).transpose(1, 2)
-        return torch.cat(parts, dim=2)
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
