@@ -663,7 +663,7 @@ def main() -> None:
     if results:
         print("\nexpected")
     for text, measured, met in results:
-        print(f"  {text:50}{measured:8.2f}  {'ok' if met else 'missed'}")
+        print(f"  {text:62}{measured:8.2f}  {'ok' if met else 'missed'}")
 
 
 if __name__ == "__main__":
