@@ -1,5 +1,7 @@
 """Time, arithmetic and memory of one training step: ours, ``pyro.infer.SVGD`` and by hand.
 
+A second table shows what of a step the transports take themselves, without the model.
+
 All competitors train the same Bayesian MLP from the same particles on the same minibatch with Adam,
 one thread. Before anything is timed, losses and forces are compared in double precision.
 
@@ -17,6 +19,13 @@ one thread. Before anything is timed, losses and forces are compared in double p
   (``/proc/self/clear_refs``); shown is how far the peak of two more steps lies above the resident
   size before them. Particles and optimiser state, the same for all, are thus not in it.
 
+* NumPyro: ``--numpyro PYTHON`` names an interpreter that has it, and adds its ``SVGD``, jitted, in
+  a process of its own (``numpyro_svgd.py``) after the others have been timed.
+* Transports: ``repel`` alone on the representation of the step, beside the whole step, in turns.
+  "products" are the matrix products that it cannot do without: distances, the weighted sum and,
+  for ``SVGD``, the smoothed scores. Full whitening is left out: of this many weights it would keep
+  and factorise a covariance (1.2 GB).
+
 Run as ``python benchmarks/step_time.py``; ``--help`` lists the options.
 """
 
@@ -24,6 +33,7 @@ import argparse
 import ctypes
 import gc
 import itertools
+import json
 import math
 import platform
 import subprocess
@@ -36,7 +46,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.svgd import SVGD, RBFSteinKernel
+from pyro.infer import svgd as pyro_svgd
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +56,7 @@ from torch.utils.flop_counter import flop_registry
 import pyro_fordes
 from pyro_fordes import (
     RBF,
+    SVGD,
     WGD,
     Ensemble,
     InputGradients,
@@ -61,7 +72,10 @@ BLOCK = 50  # steps of a block of ours, which measures its diagnostics once in s
 OURS = "ours: Ensemble"
 FORDE = "ours: FoRDE"
 WEIGHTS = "ours: WGD in weight space"
+JOINT = "ours: SVGD in weight space"
+COORDINATE = "ours: SVGD, by coordinate"
 PYRO = "pyro.infer.SVGD"
+NUMPYRO = "NumPyro's SVGD, jitted"
 LOOP = "by hand: ensemble, loop"
 BATCHED = "by hand: ensemble, batched"
 FORDE_LOOP = "by hand: FoRDE, loop"
@@ -173,9 +187,9 @@ class PyroSVGD:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         pyro.clear_param_store()
-        self.svgd = SVGD(
+        self.svgd = pyro_svgd.SVGD(
             vectorised_model,
-            RBFSteinKernel(),
+            pyro_svgd.RBFSteinKernel(),
             problem.pyro_optim,
             num_particles=len(problem.nets),
             max_plate_nesting=1,
@@ -202,11 +216,9 @@ class PyroSVGD:
 # -------------------------------------------------------------------- by hand
 
 
-@torch.no_grad()
-def repulsion(r: Tensor) -> Tensor:
-    """KDE-WGD velocity of ``(particle, point, feature)``: RBF, median per point, mean of points."""
-    count, num_points = len(r), r.shape[1]
-    r = (r - r.mean(0)).transpose(0, 1)
+def gaussian(r: Tensor) -> tuple[Tensor, Tensor]:
+    """RBF kernel of ``(point, particle, feature)``, and its bandwidth: the median per point."""
+    count = r.shape[1]
     squares = r.square().sum(-1)
     distances = torch.baddbmm(squares[:, :, None] + squares[:, None], r, r.mT, alpha=-2)
     distances.diagonal(dim1=1, dim2=2).zero_()
@@ -215,9 +227,24 @@ def repulsion(r: Tensor) -> Tensor:
         ordered.kthvalue((count**2 + 1) // 2).values + ordered.kthvalue(count**2 // 2 + 1).values
     ) / 2
     bandwidth = middle[:, None, None] / (2 * math.log(count))
-    kernel = torch.exp(distances / (-2 * bandwidth))
+    return torch.exp(distances / (-2 * bandwidth)), bandwidth
+
+
+@torch.no_grad()
+def repulsion(r: Tensor) -> Tensor:
+    """KDE-WGD velocity of ``(particle, point, feature)``: RBF, median per point, mean of points."""
+    r = (r - r.mean(0)).transpose(0, 1)
+    kernel, bandwidth = gaussian(r)
+    num_points = len(r)
     slope = kernel / bandwidth / (num_points * kernel.mean(0).sum(1)[:, None])
     return (slope.sum(-1, keepdim=True) * r - slope @ r).transpose(0, 1)
+
+
+def stein(r: Tensor, scores: Tensor) -> Tensor:
+    """SVGD velocity of ``(particle, feature)``, with the same kernel."""
+    kernel, bandwidth = (tensor[0] for tensor in gaussian((r - r.mean(0)).unsqueeze(0)))
+    apart = (kernel.sum(1, keepdim=True) * r - kernel @ r) / bandwidth
+    return (kernel @ scores + apart) / len(r)
 
 
 def unit(gradient: Tensor) -> Tensor:
@@ -315,6 +342,11 @@ COMPETITORS: dict[str, tuple[Callable[[Problem], object], float]] = {
     OURS: (lambda p: Ours(p, transport=Ensemble()), 1.0),
     FORDE: (forde, 2.0),
     WEIGHTS: (lambda p: Ours(p, kernel=RBF(Weights()), transport=WGD()), 1.0),
+    JOINT: (lambda p: Ours(p, kernel=RBF(Weights()), transport=SVGD()), 1.0),
+    COORDINATE: (
+        lambda p: Ours(p, kernel=RBF(Weights(group="coordinate")), transport=SVGD()),
+        1.0,
+    ),
     PYRO: (PyroSVGD, 1.0),
     LOOP: (HandLoop, 1.0),
     BATCHED: (HandBatched, 1.0),
@@ -340,7 +372,7 @@ def check(particles: int) -> None:
     sgd = problem(particles, torch.float64, optim="SGD", lr=1.0)
     start = rows(stacked(sgd.nets))
     moved = {}
-    for name in (OURS, BATCHED, FORDE, FORDE_BATCHED, FORDE_LOOP, WEIGHTS):
+    for name in (OURS, BATCHED, FORDE, FORDE_BATCHED, FORDE_LOOP, WEIGHTS, JOINT):
         competitor = COMPETITORS[name][0](sgd)
         competitor.step()
         moved[name] = rows(competitor.values()) - start
@@ -350,6 +382,7 @@ def check(particles: int) -> None:
         distance(moved[FORDE] - moved[OURS], by_hand),
         distance(moved[FORDE_LOOP] - moved[BATCHED], by_hand),
         distance(moved[WEIGHTS] - moved[OURS], in_weights),
+        distance(moved[JOINT], stein(start, moved[OURS])),
     ]
     assert max(errors) < 1e-8, errors
     share = (by_hand.norm() / moved[BATCHED].norm()).item()
@@ -381,17 +414,28 @@ def times(particles: int, rounds: int) -> dict[str, Seconds]:
         competitor.step()
     for index in range(rounds):
         for name, competitor in running.items():
-            slow = name == PYRO
+            slow = name in (PYRO, COORDINATE)
             if slow and particles > 20 and index >= 3:
                 continue  # a step takes seconds and its time varies little
             others = (1 if particles > 20 else 3) if slow else 10
-            steps = BLOCK if name.startswith("ours") else others
+            steps = BLOCK if name.startswith("ours") and not slow else others
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 competitor.step()
             cpus[name].append((time.process_time() - cpu) / steps)
             walls[name].append((time.perf_counter() - wall) / steps)
     return {name: Seconds(quartile(walls[name]), quartile(cpus[name])) for name in running}
+
+
+def numpyro_times(python: str, particles: int, rounds: int) -> tuple[Seconds, str]:
+    """Time of NumPyro's step, and versions, from another interpreter."""
+    script = Path(__file__).with_name("numpyro_svgd.py")
+    sizes = ["--sizes", *map(str, SIZES), "--batch", str(BATCH), "--num-data", str(NUM_DATA)]
+    work = ["--particles", str(particles), "--rounds", str(rounds)]
+    command = [python, str(script), *sizes, *work, "--steps", "2" if particles > 20 else "10"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    return Seconds(found["wall"], found["cpu"]), found["versions"]
 
 
 def quartile(values: list[float]) -> float:
@@ -465,25 +509,100 @@ def table(particles: int, seconds: dict[str, Seconds], smoke: bool) -> None:
             f"{flops(name, particles) / 1e9:11.3f}{risen:11.1f}",
             flush=True,
         )
+    if NUMPYRO in seconds:
+        taken = seconds[NUMPYRO]
+        ratio = taken.cpu / seconds[OURS].cpu
+        print(f"{NUMPYRO:28}{1e3 * taken.wall:11.2f}{1e3 * taken.cpu:11.2f}{ratio:11.2f}")
 
 
-# By particles: FoRDE's time over the ensemble's at most, pyro.infer.SVGD's over FoRDE's at least.
-EXPECTED = {10: (2.2, 3), 50: (2.6, 20)}
+# What of a step is a transport's own work. "x" is the model's argument.
+FORDE_SPACE = InputGradients("x", output="net")
+TRANSPORTS: dict[str, dict[str, object]] = {
+    "WGD(kde), weights": {"kernel": RBF(Weights()), "transport": WGD()},
+    "WGD(blob), weights": {"kernel": RBF(Weights()), "transport": WGD("blob")},
+    "WGD(sge), weights": {"kernel": RBF(Weights()), "transport": WGD("sge")},
+    "WGD(ssge), weights": {"kernel": RBF(Weights()), "transport": WGD("ssge")},
+    "WGD(kde), weights, diag": {"kernel": RBF(Weights()), "transport": WGD(whiten="diag")},
+    "SVGD, weights": {"kernel": RBF(Weights()), "transport": SVGD()},
+    "SVGD, by coordinate": {"kernel": RBF(Weights(group="coordinate")), "transport": SVGD()},
+    "WGD(kde), input gradients": {"kernel": RBF(FORDE_SPACE), "transport": WGD()},
+    "WGD(sge), input gradients": {"kernel": RBF(FORDE_SPACE), "transport": WGD("sge")},
+}
+
+
+def own_work(inference: ParticleInference, x: Tensor, y: Tensor) -> tuple[Callable, Callable]:
+    """Functions that do the transport's work alone, and its least matrix products."""
+    kernel, transport = inference.kernel, inference.transport
+    by_coordinate = isinstance(kernel.space, Weights) and kernel.space.group == "coordinate"
+    r = inference.representation(x, y).detach()
+    blocks = kernel.space.split(r, {}) if by_coordinate else [r]
+    scores = [torch.randn_like(block) for block in blocks]
+
+    def repel() -> None:
+        for block, score in zip(blocks, scores, strict=True):
+            transport.repel(kernel, block, scores=score, pooled=not by_coordinate)
+
+    def products() -> None:
+        for block, score in zip(blocks, scores, strict=True):
+            points = block.transpose(0, 1)
+            square = points @ points.mT
+            square @ points
+            if transport.uses_scores:
+                square @ score.transpose(0, 1)
+
+    return repel, products
+
+
+def transport_table(particles: int, rounds: int) -> dict[str, float]:
+    """Print what transports take of a step; the shares."""
+    print(f"\n{particles} particles: the transport's own work, CPU ms")
+    print(f"{'':28}" + "".join(f"{c:>11}" for c in ("whole step", "own", "share", "products")))
+    shares = {}
+    for name, options in TRANSPORTS.items():
+        ours = Ours(problem(particles), **options)
+        ours.step()
+        repel, products = own_work(ours.inference, ours.problem.x, ours.problem.y)
+        repel()
+        slow = name == "SVGD, by coordinate"
+        taken: dict[str, list[float]] = {"step": [], "own": [], "products": []}
+        for _ in range(3 if slow else rounds):
+            for kind, work in (("step", ours.step), ("own", repel), ("products", products)):
+                repeats = 1 if slow else 10
+                start = time.process_time()
+                for _ in range(repeats):
+                    work()
+                taken[kind].append((time.process_time() - start) / repeats)
+        step, own, least = (1e3 * quartile(values) for values in taken.values())
+        shares[name] = own / step
+        print(f"{name:28}{step:11.2f}{own:11.2f}{own / step:11.1%}{least:11.2f}", flush=True)
+    return shares
+
+
+# By particles: FoRDE's time over the ensemble's at most; at least, pyro.infer.SVGD's over FoRDE's
+# and over that of our SVGD, and NumPyro's SVGD's over that of ours.
+EXPECTED = {10: (2.2, 3, 4, 1), 50: (2.6, 20, 25, 4)}
 
 
 def expectations(particles: int, seconds: dict[str, Seconds]) -> list[tuple[str, float, bool]]:
     """What the issue expects, the number measured, and whether it is met."""
     if particles not in EXPECTED:
         return []
-    most, least = EXPECTED[particles]
+    most, least, over_pyro, over_numpyro = EXPECTED[particles]
     slower = seconds[FORDE].cpu / seconds[OURS].cpu
     faster = seconds[PYRO].cpu / seconds[FORDE].cpu
     loop = seconds[OURS].cpu / seconds[LOOP].cpu
-    return [
+    joint = seconds[PYRO].cpu / seconds[JOINT].cpu
+    rows = [
         (f"Ensemble / hand-written loop at {particles}: at most 1", loop, loop <= 1),
         (f"FoRDE / Ensemble at {particles}: at most {most}", slower, slower <= most),
         (f"pyro.infer.SVGD / FoRDE at {particles}: at least {least}", faster, faster >= least),
+        (f"pyro.infer.SVGD / SVGD at {particles}: at least {over_pyro}", joint, joint >= over_pyro),
     ]
+    if NUMPYRO in seconds:
+        ratio = seconds[NUMPYRO].cpu / seconds[JOINT].cpu
+        text = f"NumPyro's SVGD / SVGD at {particles}: at least {over_numpyro}"
+        rows.append((text, ratio, ratio >= over_numpyro))
+    return rows
 
 
 def keep_freed_memory() -> None:
@@ -504,6 +623,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--smoke", action="store_true", help="3 particles, one round: seconds")
     parser.add_argument("--fresh-heap", action="store_true", help="do not free a block first")
+    parser.add_argument("--numpyro", metavar="PYTHON", help="an interpreter that has numpyro")
+    parser.add_argument("--table", choices=("steps", "transports"), help="only this table")
     parser.add_argument("--memory-of", choices=COMPETITORS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -524,15 +645,25 @@ def main() -> None:
         flush=True,
     )
     results = []
-    for particles in options.particles:
+    for particles in options.particles if options.table != "transports" else []:
         check(particles)
         seconds = times(particles, options.rounds)
+        if options.numpyro:
+            found = numpyro_times(options.numpyro, particles, options.rounds)
+            seconds[NUMPYRO], versions = found
+            print(versions)
+        else:
+            print("NumPyro is left out: --numpyro PYTHON names an interpreter that has it")
         table(particles, seconds, options.smoke)
         results += expectations(particles, seconds)
+    for particles in options.particles if options.table != "steps" else []:
+        for name, share in transport_table(particles, options.rounds).items():
+            if particles == 50:
+                results.append((f"{name} at 50, of a step: at most 0.10", share, share <= 0.1))
     if results:
         print("\nexpected")
     for text, measured, met in results:
-        print(f"  {text:50}{measured:8.2f}  {'ok' if met else 'missed'}")
+        print(f"  {text:62}{measured:8.2f}  {'ok' if met else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def compute_forces(
     drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
     shared = _shared_gradients(evaluation, rule.num_data)
     if repulsive and isinstance(space, Weights):
-        driving, repelling, repulsion = _in_weight_space(space, evaluation, drive, leaves, rule)
+        driving, repelling, seen = _in_weight_space(space, evaluation, drive, leaves, rule, measure)
     elif repulsive:
         representation = space.represent(evaluation)
         everyone = rule.gather(representation.detach())
@@ -119,13 +119,11 @@ def compute_forces(
             return Forces(evaluation, named, shared, None)
         driving = _gradients(drive, leaves, retain=True)
         repelling = _gradients(repel, leaves, retain=False)
+        seen = _seen(repulsion)
     else:
-        driving, repulsion = _gradients(drive, leaves, retain=False), None
-        repelling = []
+        driving, repelling, seen = _gradients(drive, leaves, retain=False), [], None
     gradients = _sum(driving, repelling, rule.num_data)
-    diagnostics = (
-        _measure(rule.step, evaluation, repulsion, driving, repelling) if measure else None
-    )
+    diagnostics = _measure(rule.step, evaluation, seen, driving, repelling) if measure else None
     return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
 
 
@@ -193,8 +191,13 @@ def compute_scores(evaluation: Evaluation) -> dict[str, Tensor]:
 
 
 def _in_weight_space(
-    space: Weights, evaluation: Evaluation, drive: Tensor, leaves: list[Tensor], rule: Rule
-) -> tuple[list[Tensor], list[Tensor], Repulsion]:
+    space: Weights,
+    evaluation: Evaluation,
+    drive: Tensor,
+    leaves: list[Tensor],
+    rule: Rule,
+    measure: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Driving and repulsive gradients where the representation is the particle itself.
 
     Nothing has to be pulled back, and each group of values has a kernel of its own.
@@ -209,21 +212,37 @@ def _in_weight_space(
         gradient = ravel({name: named[name] for name in compared}).unsqueeze(1)
         scores = list(space.split(rule.gather(-gradient), evaluation.values))
     pooled = space.group != "coordinate"
-    repulsions = [
-        rule.transport.repel(
+    velocities, smoothed = [], []
+    seen = rows.new_zeros(3)
+    for block, score in zip(everyone, scores, strict=True):
+        # Its kernel goes at the end of the round: those of all coordinates would not fit.
+        repulsion = rule.transport.repel(
             rule.kernel, block, rule.gather.rows, rule.step, scores=score, pooled=pooled
         )
-        for block, score in zip(everyone, scores, strict=True)
-    ]
-    velocity = space.join([repulsion.velocity for repulsion in repulsions])
-    repelling = unravel(-rule.repulsion_scale * velocity.squeeze(1), compared)
-    smoothed = [r.driving for r in repulsions if r.driving is not None]
+        velocities.append(repulsion.velocity)
+        if repulsion.driving is not None:
+            smoothed.append(repulsion.driving)
+        if measure:
+            seen += _seen(repulsion)
+    repelling = unravel(-rule.repulsion_scale * space.join(velocities).squeeze(1), compared)
     if smoothed:
         named.update(unravel(-space.join(smoothed).squeeze(1), compared))
     return (
         list(named.values()),
         [repelling.get(name, torch.zeros_like(value)) for name, value in named.items()],
-        repulsions[0],
+        seen,
+    )
+
+
+def _seen(repulsion: Repulsion) -> Float[Tensor, "3"]:
+    """What is measured of kernels, in sums: their number, mean of 1 / effective, bandwidth."""
+    kernel = repulsion.kernel
+    return torch.stack(
+        [
+            kernel.value.new_tensor(len(kernel.value)),
+            len(kernel.value) / effective_particles(kernel.mean),
+            len(kernel.value) * kernel.bandwidth.mean(),
+        ]
     )
 
 
@@ -260,7 +279,7 @@ def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Ten
 def _measure(
     step: int,
     evaluation: Evaluation,
-    repulsion: Repulsion | None,
+    seen: Tensor | None,
     driving: list[Tensor],
     repelling: list[Tensor],
 ) -> dict[str, Any]:
@@ -268,9 +287,9 @@ def _measure(
     drive = _norms(driving)
     repel = _norms(repelling) if repelling else torch.zeros_like(drive)
     effective = bandwidth = drive.new_tensor(math.nan)
-    if repulsion is not None:
-        effective = effective_particles(repulsion.kernel.mean)
-        bandwidth = repulsion.kernel.bandwidth.mean()
+    if seen is not None:
+        number, inverse, width = seen
+        effective, bandwidth = number / inverse, width / number
     return {
         "step": step,
         "log_joint": evaluation.log_joint.detach(),

@@ -60,6 +60,20 @@ class KernelMatrix:
         r"""Kernel between particles: :math:`k_{ij} = \frac1B \sum_b \kappa_{ijb}`."""
         return self.value.mean(0)
 
+    def laplacian(
+        self, weights: Float[Tensor, "#group #local #particle"]
+    ) -> Float[Tensor, "point local particle"]:
+        """Matrix :math:`L_b` with which `gradient_sum` is :math:`L_b r_b`, point by point.
+
+        Small, so what is to be done to every particle's sum is best done to this.
+        """
+        slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
+        # The graph Laplacian of the slopes, so that one product does it all.
+        laplacian = -slope
+        own = laplacian[..., self.rows].diagonal(dim1=-2, dim2=-1)
+        own += slope.sum(-1)
+        return laplacian
+
     def gradient_sum(
         self, weights: Float[Tensor, "#group #local #particle"]
     ) -> Float[Tensor, "local point feature"]:
@@ -71,12 +85,13 @@ class KernelMatrix:
         Args:
             weights: :math:`w_{ij}`, for each kernel of `between` where there are several.
         """
-        slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
-        # The graph Laplacian of the slopes, so that one product does it all.
-        laplacian = -slope
-        own = laplacian[..., self.rows].diagonal(dim1=-2, dim2=-1)
-        own += slope.sum(-1)
-        return (laplacian @ self.everyone.transpose(0, 1)).transpose(0, 1)
+        return self.product(self.laplacian(weights))
+
+    def product(
+        self, matrix: Float[Tensor, "point local particle"]
+    ) -> Float[Tensor, "local point feature"]:
+        """A matrix per point times the representations there."""
+        return (matrix @ self.everyone.transpose(0, 1)).transpose(0, 1)
 
 
 class Kernel(Protocol):
@@ -113,7 +128,7 @@ def squared_distances(
                  [4., 0.]]])
     """
     r = everyone.transpose(0, 1)
-    squares = (r * r).sum(-1)
+    squares = torch.linalg.vecdot(r, r)
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
     distances = torch.baddbmm(sums, r, r.mT, alpha=-2.0).clamp_min_(0.0)
     distances.diagonal(dim1=-2, dim2=-1).zero_()

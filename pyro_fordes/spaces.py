@@ -155,7 +155,9 @@ class Weights:
     def split(
         self, rows: Float[Tensor, "particle 1 param"], values: Values
     ) -> list[Float[Tensor, "particle _ _"]]:
-        """What each kernel compares: everything, a site, or (as points) all coordinates.
+        """What is compared at once: everything, a site, or (as points) some coordinates.
+
+        Coordinates come in blocks of so many that their kernels are no larger than the particles.
 
         Args:
             rows: one row per particle, as `represent` gives it.
@@ -164,15 +166,16 @@ class Weights:
         if self.group == "joint":
             return [rows]
         if self.group == "coordinate":
-            return [rows.transpose(1, 2)]
+            size = -(-rows.shape[2] // len(rows))
+            return list(rows.transpose(1, 2).split(size, dim=1))
         sizes = [value[0].numel() for value in self.compared(values).values()]
         return list(rows.split(sizes, dim=2))
 
     def join(self, parts: list[Float[Tensor, "particle _ _"]]) -> Float[Tensor, "particle 1 param"]:
         """Undo `split`."""
         if self.group == "coordinate":
-            return parts[0].transpose(1, 2)
-        return torch.cat(parts, dim=2)
+            return torch.cat(parts, dim=1).transpose(1, 2)
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Notation: :math:`K_{ij} = k(r_i, r_j)` between :math:`M` particles, and
 :math:`G_i = \sum_j \nabla_{r_i} k(r_i, r_j)`, the gradient by the first argument.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -116,7 +116,8 @@ class WGD:
         num_eigenpairs: how many leading eigenpairs ssge keeps; None for all.
         whiten: None, ``"diag"`` or ``"full"``; weight space only. The covariance is shrunk to its
             diagonal by 0.001, by 0.2 where there are at most twice as many particles as
-            dimensions.
+            dimensions. ``"full"`` keeps it whole, dimension x dimension numbers, so it is for
+            models of at most some thousand values.
         calibrate: whether to rescale the estimate by Stein's identity; weight space only.
 
     Raises:
@@ -127,8 +128,9 @@ class WGD:
         >>> r = torch.tensor([[[0.0]], [[1.0]]])
         >>> WGD().repel(RBF(Weights(), Fixed(0.5)), r).velocity.flatten()
         tensor([-0.5379,  0.5379])
-        >>> WGD("sge", calibrate=True).repel(RBF(Weights(), Fixed(0.5)), r).velocity.flatten()
-        tensor([-1.,  1.])
+        >>> calibrated = WGD("sge", calibrate=True).repel(RBF(Weights(), Fixed(0.5)), r)
+        >>> calibrated.velocity.flatten()
+        tensor([-1.0000,  1.0000])
     """
 
     estimator: str = "kde"
@@ -211,17 +213,16 @@ class WGD:
         if self.estimator == "blob":
             sums = k.sum(-1)
             return matrix.gradient_sum(-1 / sums.unsqueeze(-1) - 1 / sums.unsqueeze(-2))
-        g = matrix.gradient_sum(k.new_ones(()).expand(1, 1, 1))
-        flat = _by_group(g, matrix.pooled)
         regular = k + self.ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
         if self.estimator == "sge":
-            score = torch.linalg.solve(regular, flat)
+            inverse = torch.linalg.inv(regular)
         else:
             values, vectors = torch.linalg.eigh(regular)
             keep = self.num_eigenpairs or len(regular[0])
             values, vectors = values[:, -keep:], vectors[:, :, -keep:]
-            score = k @ (vectors / values.unsqueeze(-2).square()) @ (vectors.mT @ flat)
-        return -_from_groups(score, g)
+            inverse = k @ (vectors / values.unsqueeze(-2).square()) @ vectors.mT
+        # Matrices between particles first: the product with all features is the dear one.
+        return matrix.product(inverse @ matrix.laplacian(k.new_full((1, 1, 1), -1.0)))
 
 
 @dataclass(frozen=True)
@@ -278,13 +279,12 @@ class SVGD:
         matrix = kernel.evaluate(everyone, slice(None), step, pooled=pooled)
         count = len(everyone)
         # k(theta_j, theta_i) has the first argument in rows, so both sums run over rows.
-        k = matrix.between.mT
-        driving = _from_groups(k @ _by_group(scores, pooled), scores) / count
-        slope = (matrix.slope / (len(matrix.slope) if pooled else 1)).mT
-        r = matrix.everyone.transpose(0, 1)
-        apart = slope @ r - slope.sum(-1, keepdim=True) * r
-        velocity = apart.transpose(0, 1) / count
-        return Repulsion(velocity[rows], matrix, driving[rows])
+        k = matrix.between.mT[:, rows] / count
+        driving = _from_groups(k @ _by_group(scores, pooled), scores)
+        value, slope = matrix.value.mT[:, rows], matrix.slope.mT[:, rows]
+        second = replace(matrix, value=value, slope=slope, rows=rows)
+        velocity = second.gradient_sum(k.new_full((1, 1, 1), -1 / count))
+        return Repulsion(velocity, matrix, driving)
 
 
 @dataclass(frozen=True)
@@ -334,10 +334,10 @@ def _by_group(
 
 
 def _from_groups(
-    flat: Float[Tensor, "group particle entry"], like: Float[Tensor, "particle point feature"]
-) -> Float[Tensor, "particle point feature"]:
+    flat: Float[Tensor, "group local entry"], like: Float[Tensor, "particle point feature"]
+) -> Float[Tensor, "local point feature"]:
     """Undo `_by_group`."""
-    return flat[0].reshape(like.shape) if len(flat) == 1 else flat.transpose(0, 1)
+    return flat[0].reshape(-1, *like.shape[1:]) if len(flat) == 1 else flat.transpose(0, 1)
 
 
 def _stein_factor(
