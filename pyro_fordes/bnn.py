@@ -122,7 +122,41 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
             f"bayesianize put no prior: {type(net).__name__} has no parameter"
             + (" for which prior(name, value) is not None" if _is_rule(prior) else "")
         )
+    # In a tuple, so that it is no submodule: `plain_module` copies it.
+    object.__setattr__(module, "_plain", (copy.deepcopy(net),))
     return module
+
+
+def plain_module(
+    model: nn.Module, path: str | None, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> nn.Module:
+    """A bayesianized network of a model as the plain module it was made from.
+
+    Args:
+        model: the model's module.
+        path: the network's path in it; None for the only one.
+        values: one particle's values of the latent sites.
+        buffers: one particle's buffers, by name in the model.
+
+    Raises:
+        ArgumentError: if there is no such network, or several and no path.
+    """
+    nets = {name: module for name, module in model.named_modules() if hasattr(module, "_plain")}
+    if path is None and len(nets) == 1:
+        path = next(iter(nets))
+    if path not in nets:
+        raise ArgumentError(
+            f"module(..., path={path!r}) needs the path of one of the model's bayesianized "
+            f"networks: {', '.join(map(repr, nets)) or 'it has none'}"
+        )
+    net, source = copy.deepcopy(nets[path]._plain[0]), nets[path]
+    prefix = f"{path}." if path else ""
+    current = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            own = values.get(prefix + name, buffers.get(prefix + name))
+            tensor.copy_(current[name] if own is None else own)
+    return net.train(source.training)
 
 
 def _check_net(net: nn.Module) -> None:

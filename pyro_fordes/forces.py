@@ -36,6 +36,7 @@ class Rule:
         gather: how particles of other processes are seen.
         temperature: T at this step.
         repulsion_scale: factor of the repulsive force at this step.
+        every: particles are compared at every so many-th step, and repel so many times as hard.
         num_data: what the velocity is divided by.
         step: the step, for schedules.
     """
@@ -46,8 +47,14 @@ class Rule:
     gather: Gather
     temperature: float
     repulsion_scale: float
+    every: int
     num_data: float
     step: int
+
+    @property
+    def strength(self) -> float:
+        """Factor of the repulsive force at a step at which particles are compared."""
+        return self.every * self.repulsion_scale
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def compute_forces(
         measure: whether to differentiate the two forces apart (one more backward pass) and
             return diagnostics.
     """
-    space, repulsive = rule.space, rule.transport.repulsive
+    space, repulsive = rule.space, rule.transport.repulsive and rule.step % rule.every == 0
     evaluation = evaluate_in(
         space if repulsive else None, log_joint, particles, buffers, args, kwargs
     )
@@ -112,7 +119,7 @@ def compute_forces(
             likelihood = cast("ScoredSpace", space).likelihood(evaluation)
             smoothed = (repulsion.driving * representation).sum()
             drive = _own_prior(evaluation, likelihood, repulsion, rule) - smoothed
-        repel = -rule.repulsion_scale * (repulsion.velocity * representation).sum()
+        repel = -rule.strength * (repulsion.velocity * representation).sum()
         if not measure:
             gradients = _gradients((drive + repel) / rule.num_data, leaves, retain=False)
             named = dict(zip(particles, gradients, strict=True))
@@ -123,7 +130,7 @@ def compute_forces(
     else:
         driving, repelling, seen = _gradients(drive, leaves, retain=False), [], None
     gradients = _sum(driving, repelling, rule.num_data)
-    diagnostics = _measure(rule.step, evaluation, seen, driving, repelling) if measure else None
+    diagnostics = _measure(rule, evaluation, seen, driving, repelling) if measure else None
     return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
 
 
@@ -224,7 +231,7 @@ def _in_weight_space(
             smoothed.append(repulsion.driving)
         if measure:
             seen += _seen(repulsion)
-    repelling = unravel(-rule.repulsion_scale * space.join(velocities).squeeze(1), compared)
+    repelling = unravel(-rule.strength * space.join(velocities).squeeze(1), compared)
     if smoothed:
         named.update(unravel(-space.join(smoothed).squeeze(1), compared))
     return (
@@ -277,7 +284,7 @@ def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Ten
 
 
 def _measure(
-    step: int,
+    rule: Rule,
     evaluation: Evaluation,
     seen: Tensor | None,
     driving: list[Tensor],
@@ -285,13 +292,14 @@ def _measure(
 ) -> dict[str, Any]:
     """Diagnostics of a step, on the device."""
     drive = _norms(driving)
-    repel = _norms(repelling) if repelling else torch.zeros_like(drive)
+    # On average over steps.
+    repel = _norms(repelling) / rule.every if repelling else torch.zeros_like(drive)
     effective = bandwidth = drive.new_tensor(math.nan)
     if seen is not None:
         number, inverse, width = seen
         effective, bandwidth = number / inverse, width / number
     return {
-        "step": step,
+        "step": rule.step,
         "log_joint": evaluation.log_joint.detach(),
         "driving_force": drive,
         "repulsive_force": repel,

@@ -29,8 +29,10 @@ from pyro_fordes._checks import (
     check_positive_int,
 )
 from pyro_fordes._random import RandomStream, preserved_rng
+from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
 from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores, evaluate_in
+from pyro_fordes.initial import initial_particles
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
@@ -69,6 +71,9 @@ class ParticleInference:
         repulsion_scale: factor of the repulsive force, a number or a function of the step. 1 is
             the posterior-correct flow on the full-data scale; the FoRDE paper's is
             ``num_data / batch_size``.
+        repulsion_every: repel at every n-th step only, n times as hard, so that the average is
+            unchanged; the steps between cost no more than those of `Ensemble`. Not with `SVGD`,
+            whose kernel acts on the log joint's gradient too.
         temperature: T of the target p(theta | D)^(1/T), a number or a function of the step.
         num_data: divide the velocity by this number, so that learning rates of the
             deep-learning literature apply. None for 1.
@@ -109,6 +114,7 @@ class ParticleInference:
         transport: Transport = WGD(),
         init_loc_fn: Any = init_to_sample,
         repulsion_scale: Schedule = 1.0,
+        repulsion_every: int = 1,
         temperature: Schedule = 1.0,
         num_data: int | None = None,
         vectorize: str = "auto",
@@ -139,6 +145,12 @@ class ParticleInference:
         self.init_loc_fn = init_loc_fn
         at_step("repulsion_scale", repulsion_scale, 0)
         self.repulsion_scale = repulsion_scale
+        self.repulsion_every = check_positive_int("repulsion_every", repulsion_every)
+        if repulsion_every > 1 and transport.uses_scores:
+            raise ArgumentError(
+                f"repulsion_every={repulsion_every} needs a transport whose repulsion can be left "
+                f"out, such as WGD(), got {type(transport).__name__}"
+            )
         at_step("temperature", temperature, 0, exclusive=True)
         self.temperature = temperature
         if num_data is not None:
@@ -168,8 +180,6 @@ class ParticleInference:
         self._position: Position | None = None  # of the fit that is under way
         self._resumable: Position | None = None  # of the last one
 
-    # ---------------------------------------------------------------- set-up
-
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once, check everything and draw the initial particles.
 
@@ -194,7 +204,15 @@ class ParticleInference:
         if self._loaded is not None:
             finish_loading(self, self._loaded, space, prototype)
             return
-        particles = self._initial_particles(args, kwargs, prototype)
+        particles = initial_particles(
+            self._log_joint,
+            self.init_loc_fn,
+            self.num_particles,
+            self._seed,
+            args,
+            kwargs,
+            prototype,
+        )
         buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
         self._latents = latents
@@ -213,31 +231,6 @@ class ParticleInference:
         prototype = self._log_joint.prototype(args, kwargs)
         setting = self._log_joint.setting(args, kwargs, prototype)
         return space.prepare(replace(setting, scores=scores))
-
-    def _initial_particles(
-        self, args: tuple, kwargs: Mapping[str, Any], prototype: Prototype
-    ) -> dict[str, Tensor]:
-        """Draw every particle from a seed of its own and stack them."""
-        shapes = {name: prototype.trace.nodes[name]["value"].shape for name in prototype.latents}
-        with preserved_rng():
-            torch.manual_seed(self._seed)
-            seeds = torch.randint(2**62, (self.num_particles,)).tolist()
-            drawn = []
-            for index, seed in enumerate(seeds):
-                torch.manual_seed(seed)
-                init = self.init_loc_fn
-                if hasattr(init, "for_particle"):
-                    init = init.for_particle(index, shapes)
-                drawn.append(self._log_joint.initial(init, args, kwargs, prototype.latents))
-        particles = {
-            name: torch.stack([values[name] for values in drawn]) for name in prototype.latents
-        }
-        if self.num_particles > 1 and all((v == v[:1]).all() for v in particles.values()):
-            raise ModelError(
-                "all particles start at the same values, and no force could separate them; use an "
-                "init_loc_fn that draws, such as init_to_sample or init_to_uniform"
-            )
-        return {name: value.requires_grad_() for name, value in particles.items()}
 
     def _check_start(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Evaluate the initial particles and refuse to start if something is not finite."""
@@ -263,8 +256,6 @@ class ParticleInference:
         ]
         return f" (not finite at site {', '.join(map(repr, names))})" if names else ""
 
-    # ---------------------------------------------------------------- one step
-
     def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
         """Evaluate the model and differentiate: the negative velocity of every site."""
         rule = Rule(
@@ -274,6 +265,7 @@ class ParticleInference:
             gather=self._gather,
             temperature=at_step("temperature", self.temperature, self._step, exclusive=True),
             repulsion_scale=at_step("repulsion_scale", self.repulsion_scale, self._step),
+            every=self.repulsion_every,
             num_data=1.0 if self.num_data is None else float(self.num_data),
             step=self._step,
         )
@@ -284,7 +276,9 @@ class ParticleInference:
     def _update(self, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
         """One update; returns the loss before it, on the particles' device."""
         self.setup(*args, **kwargs)
-        measure = self._step % self.diagnostics_every == 0
+        # The first step with a repulsion after each so many.
+        repels = self._step % self.repulsion_every == 0
+        measure = repels and self._step % self.diagnostics_every < self.repulsion_every
         with self._random.active():
             forces = self._forces(args, kwargs, measure)
         log_joint = forces.evaluation.log_joint.detach()
@@ -385,8 +379,6 @@ class ParticleInference:
             )
         return -evaluation.log_joint.mean().item()
 
-    # ---------------------------------------------------------------- loops
-
     def run(
         self,
         num_steps: int,
@@ -455,8 +447,6 @@ class ParticleInference:
             self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
         )
 
-    # ---------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to continue bit for bit.
 
@@ -498,8 +488,6 @@ class ParticleInference:
 
     load = Load()
 
-    # ---------------------------------------------------------------- results
-
     def _started(self) -> None:
         if not self._particles:
             raise StateError(
@@ -537,6 +525,34 @@ class ParticleInference:
     def get_named_particles(self) -> dict[str, Tensor]:
         """The same as `get_samples`, under the name that ``pyro.infer.SVGD`` uses."""
         return self.get_samples()
+
+    def module(self, index: int, path: str | None = None) -> torch.nn.Module:
+        """A particle's network as a plain ``nn.Module``, with its weights and buffers.
+
+        Args:
+            index: which particle.
+            path: path of the network that `bayesianize` made, in the model; None for the only one.
+
+        Returns:
+            A copy of the network that was bayesianized, in the mode the model's is in. Parameters
+            without a prior are the shared ones.
+
+        Raises:
+            ArgumentError: if there is no such particle or network.
+            StateError: if there are no particles yet.
+        """
+        self._started()
+        module = self._log_joint.module
+        if isinstance(index, bool) or index not in range(self.num_particles):
+            raise ArgumentError(
+                f"module(index) must be a particle from 0 to {self.num_particles - 1}, got "
+                f"{index!r}"
+            )
+        if module is None:
+            raise ArgumentError("module(index) needs a model with a network, got a plain function")
+        values = {name: value[index] for name, value in self.get_samples().items()}
+        buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
+        return plain_module(module, path, values, buffers)
 
     def get_unconstrained(self) -> dict[str, Tensor]:
         """Values of the latent sites in unconstrained space, where particles move.

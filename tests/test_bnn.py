@@ -20,6 +20,7 @@ from pyro_fordes import (
     InputGradients,
     NumericalError,
     ParticleInference,
+    ParticlePredictive,
     Weights,
     bayesianize,
     init_to_modules,
@@ -723,3 +724,33 @@ def test_a_deep_ensemble_from_networks_lowers_the_loss():
     )
     losses = inference.run(100, x, y, progress_bar=False)
     assert losses[-1] < losses[0] - 5.0
+
+
+def test_a_particle_comes_out_as_a_plain_module():
+    """Same outputs as the particle's, shared parameters and running statistics included."""
+
+    def prior(name, value):
+        return None if name == "0.bias" else 1.0
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = DATA
+    model = Regression(bayesianize(net, prior))
+    inference = start(model, x, y)
+    inference.run(3, x, y, progress_bar=False)
+    model.eval()
+    means = ParticlePredictive(inference).parameters(x)["y"]["loc"]
+    for i in range(inference.num_particles):
+        plain = inference.module(i)
+        assert type(plain) is nn.Sequential
+        assert not any(isinstance(part, PyroModule) for part in plain.modules())
+        assert not plain.training
+        torch.testing.assert_close(plain(x).squeeze(-1), means[i])
+        assert (plain[1].running_mean == inference._buffers["net.1.running_mean"][i]).all()
+    before = inference.get_samples()["net.0.weight"]
+    with torch.no_grad():
+        plain[0].weight.zero_()
+    assert (inference.get_samples()["net.0.weight"] == before).all()
+    with pytest.raises(ArgumentError, match=r"path='net.0'.*networks: 'net'"):
+        inference.module(0, "net.0")
+    with pytest.raises(ArgumentError, match="a particle from 0 to"):
+        inference.module(99)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_fordes import (
     RBF,
+    SVGD,
     WGD,
     ArgumentError,
     Ensemble,
@@ -649,3 +650,54 @@ def test_keyword_arguments_reach_the_model():
     assert inference.evaluate_loss(x=x, y=y) == pytest.approx(by_position)
     assert inference.evaluate_loss(x, y=y) == pytest.approx(by_position)
     inference.step(y=y, x=x)
+
+
+@pytest.mark.parametrize("space", [Weights(), InputGradients("x", normalize=False)])
+def test_repulsion_every_so_often_has_the_same_average(space):
+    """Force of n steps at rest: the sum of the repulsive parts is that of repelling every step."""
+    x, y = regression_data(torch.float64)
+    options = {"kernel": RBF(space), "seed": 0}
+    every, lazy, alone = (
+        ParticleInference(regression, sgd(0.0), 4, **options, **more)
+        for more in ({}, {"repulsion_every": 3}, {"transport": Ensemble()})
+    )
+
+    def total(inference):
+        inference.setup(x, y)
+        forces = []
+        for _ in range(3):  # particles do not move: the learning rate is 0
+            forces.append(inference._forces((x, y), {}, measure=False).gradients)
+            inference._step += 1
+        return {name: sum(force[name] for force in forces) for name in forces[0]}
+
+    drive = total(alone)
+    expected, found = total(every), total(lazy)
+    for name in drive:
+        torch.testing.assert_close(found[name], expected[name])
+    assert (found["w"] != drive["w"]).all()
+    # Between, the force is the ensemble's own.
+    lazy._step, alone._step = 1, 1
+    between = lazy._forces((x, y), {}, measure=False).gradients
+    for name, force in alone._forces((x, y), {}, measure=False).gradients.items():
+        assert (between[name] == force).all()
+
+
+def test_force_ratio_is_that_of_the_average():
+    x, y = regression_data(torch.float32)
+    ratios = []
+    for every in (1, 4):
+        inference = ParticleInference(
+            regression, sgd(0.0), 4, kernel=RBF(Weights()), seed=0, repulsion_every=every
+        )
+        inference.run(6, x, y, progress_bar=False)
+        ratios.append(inference.diagnostics()["force_ratio"])
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-5)
+    with pytest.raises(ArgumentError, match="repulsion_every=2 needs a transport"):
+        ParticleInference(
+            regression,
+            sgd(),
+            4,
+            kernel=RBF(Weights()),
+            transport=SVGD(),
+            repulsion_every=2,
+        )
