@@ -674,7 +674,7 @@ def test_repulsion_every_so_often_has_the_same_average(space):
     expected, found = total(every), total(lazy)
     for name in drive:
         torch.testing.assert_close(found[name], expected[name])
-    assert (found["w"] != drive["w"]).all()
+    assert (found["w"] != drive["w"]).any()
     # Between, the force is the ensemble's own.
     lazy._step, alone._step = 1, 1
     between = lazy._forces((x, y), {}, measure=False).gradients
