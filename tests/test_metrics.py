@@ -33,8 +33,8 @@ def rand(*shape, seed=0):
 LOGITS = 2 * rand(PARTICLES, POINTS, CLASSES) + 2 * rand(POINTS, CLASSES, seed=1)
 LOG_PROBS = LOGITS.log_softmax(-1)
 MEAN = LOG_PROBS.exp().mean(0)
-# Class 6 never occurs. Labels follow the predictions, so that no metric is at chance.
-LABELS = (MEAN.log() + 0.5 * rand(POINTS, CLASSES, seed=2))[:, :6].argmax(-1)
+# Class 6 never occurs. Labels are drawn as predicted, so that bins err to both sides.
+LABELS = torch.multinomial(MEAN[:, :6], 1, generator=torch.Generator().manual_seed(2)).squeeze(1)
 # Two particles, certain of different classes at the first point and of the same at the second.
 CERTAIN = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]]).log().double()
 
@@ -143,6 +143,9 @@ def test_uncertainty():
     same(result.least_confidence, 1 - MEAN.max(-1).values)
     one = metrics.uncertainty(LOG_PROBS[:1])
     assert (one.epistemic == 0).all()
+    equal = metrics.uncertainty(LOG_PROBS[:1].float().expand(7, -1, -1)).epistemic
+    assert (equal >= 0).all()
+    assert (equal < 1e-5).all()
     log2 = torch.tensor([math.log(2), 0.0]).double()
     same(metrics.uncertainty(CERTAIN), metrics.Uncertainty(log2, 0 * log2, log2, log2.sign() / 2))
 
@@ -183,6 +186,8 @@ def test_detection_at_its_ends():
     assert metrics.detection(low, high) == (1, 1, 0)
     assert metrics.detection(high, low)[::2] == (0, 1)
     assert metrics.detection(low[:1], low[:1]) == (0.5, 0.5, 1)
+    ramp = torch.arange(20.0)
+    same(metrics.detection(ramp, ramp).fpr95, torch.tensor(0.95))
     # A sigmoid in single precision would make these the same.
     assert metrics.detection(high[:1], high[1:]).auroc == 1
 
