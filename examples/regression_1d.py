@@ -263,7 +263,7 @@ def draw(
     last.axhline(reference.sd[REGIONS["between"]].mean(), color="black", ls="--", lw=0.8)
     last.set_title("sd between the clusters by scale", fontsize=10)
     last.legend(frameon=False, fontsize=6)
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=68)
     plt.close(figure)
 
 
