@@ -7,10 +7,10 @@ whole range), in feature space and by input gradients, at several repulsion scal
 same budget. The reference is NUTS on the same model, stored in ``regression_1d_nuts.json``;
 ``--nuts`` runs it anew. Prints a table and writes a figure.
 
-What to expect: three minutes on one core. Between the clusters the deep ensemble has less than half
-of the posterior's width. Outputs on points of the whole range bring it near that of NUTS at scale 1,
-input gradients and outputs at the data at 10, weights and features only beyond; none opens enough
-outside. ``docs/regression_1d.md`` has the table and the figure.
+What to expect: three minutes on one core. Between the clusters the deep ensemble has less than
+half of the posterior's width. Outputs on points of the whole range bring it near that of NUTS at
+scale 1, input gradients and outputs at the data at 10, weights and features only beyond; none opens
+enough outside. ``docs/regression_1d.md`` has the table and the figure.
 """
 
 import argparse
