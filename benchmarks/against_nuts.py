@@ -50,6 +50,8 @@ REFERENCES = Path(__file__).parent / "references"
 NUM_STORED = 1500  # two thirds are the reference, the others show what draws reach
 ESTIMATORS = ("kde", "blob", "sge", "ssge")
 FLOOR = "NUTS draws"
+# Copies, steps to warm up, draws of each and tree depth, where they are not the usual ones.
+NUTS_SIZE = {"network": (16, 200, 150, 7)}  # trees are deep, and a draw is far from the last
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ def make_reference(posterior: Posterior, folder: Path, smoke: bool) -> str:
     Pyro's NUTS samples the posterior of independent copies of the model: each copy is a chain with
     a start of its own, and a leapfrog step of all costs hardly more than one of a single chain.
     """
-    copies, warmup, draws, depth = (4, 5, 5, 3) if smoke else (32, 400, 400, 9)
+    copies, warmup, draws, depth = NUTS_SIZE.get(posterior.name, (32, 400, 400, 9))
+    if smoke:
+        copies, warmup, draws, depth = 4, 5, 5, 3
 
     def model(*data: Tensor) -> None:
         with pyro.plate("copies", copies):
