@@ -202,7 +202,7 @@ POSTERIORS = {
         ),
         Posterior("schools, not centred", eight_schools_noncentred, schools_data()),
         Posterior("logistic", logistic, logistic_data()),
-        # TODO: `model=mixture` as soon as discrete latents are enumerated.
+        # `mixture` itself needs enumerated latents; the density is the same.
         Posterior("mixture", mixture_marginal, mixture_data()),
         Posterior("network", network, network_data(), "diag", network_functions),
     )
