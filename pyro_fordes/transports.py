@@ -114,9 +114,8 @@ class WGD:
         estimator: ``"kde"``, ``"blob"``, ``"sge"`` or ``"ssge"``.
         ridge: :math:`\eta` of sge and ssge.
         num_eigenpairs: how many leading eigenpairs ssge keeps; None for all.
-        whiten: None, ``"diag"`` or ``"full"``; weight space only. The covariance is shrunk to its
-            diagonal by 0.001, by 0.2 where there are at most twice as many particles as
-            dimensions.
+        whiten: None, ``"diag"`` or ``"full"``; weight space only. The full covariance is shrunk to
+            its diagonal by 0.001, so that it has an inverse with fewer particles than dimensions.
         calibrate: whether to rescale the estimate by Stein's identity; weight space only.
 
     Raises:
@@ -369,8 +368,9 @@ def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tupl
         scale = variance.sqrt()
         white = (x / scale).reshape(everyone.shape)
         return white, lambda v: v / scale.reshape(num_points, num_features)
-    dimension = x.shape[1]
-    shrink = 0.2 if count <= 2 * dimension else 1e-3
+    # Enough for a Cholesky factor in single precision. More would do harm: coordinates that are not
+    # white let calibration, which has one factor, trade small directions for large ones.
+    shrink = 1e-3
     covariance = (1 - shrink) * (x.T @ x) / (count - 1) + shrink * variance.diag()
     factor = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(factor, x.T, upper=False).T.reshape(everyone.shape)
