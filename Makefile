@@ -34,6 +34,7 @@ format: $(BIN)/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/calibration.py
 
 clean:
 	rm -rf $(VENV)

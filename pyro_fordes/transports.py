@@ -23,6 +23,11 @@ from pyro_fordes._checks import (
 )
 from pyro_fordes.kernels import Kernel, KernelMatrix
 
+# How far full whitening shrinks the covariance to its diagonal: enough for a Cholesky factor in
+# single precision with fewer particles than dimensions. More does harm. In coordinates that are not
+# white calibration, which has one factor, trades small directions for large ones.
+SHRINKAGE = 1e-3
+
 
 @dataclass(frozen=True)
 class Repulsion:
@@ -98,26 +103,34 @@ class WGD:
     (GFSD = kde, GFSF = sge, Blob); Shi, Sun & Zhu 2018 (ssge).
 
     Every estimate smooths, and so shrinks or flattens the posterior, more in more dimensions. In
-    weight space two remedies apply. ``whiten`` computes the estimate in coordinates in which the
-    particles have unit covariance, which makes the rule equivariant to affine maps
-    (``"diag"``: to scalings). ``calibrate`` rescales it so that Stein's identity
+    weight space two remedies apply, and ``WGD("sge", whiten="full", calibrate=True)`` is the rule
+    to take there (``"diag"`` for networks): see ``docs/calibration.md``.
+
+    ``whiten`` computes the estimate in coordinates :math:`z = L^{-1}(x - \bar x)` in which the
+    particles have unit covariance, and maps it back by :math:`L^{-T}`. The rule is then equivariant
+    to affine maps, up to the shrinkage of the covariance, and exactly to scalings (``"diag"``: to
+    scalings only).
+
+    ``calibrate`` rescales the estimate so that Stein's identity
     :math:`E_q[(x - m) \cdot \nabla \log q(x)] = -D` holds on the particles themselves:
 
     .. math:: \hat s \leftarrow \hat s \cdot
         \frac{D}{-\frac{1}{M-1} \sum_i (x_i - \bar x) \cdot \hat s_i}
 
     For independent draws from q the sum's expectation is :math:`-(M-1) D`, the mean being estimated
-    too, so the factor of the exact score is 1 on average. At rest on a Gaussian target the trace of
-    the whitened covariance (with :math:`M - 1`) is then exact, whatever the kernel.
+    too, so exact scores need the factor 1 on average. The sum is the same in whitened coordinates.
+    At rest on a Gaussian target with covariance :math:`\Sigma` the estimate is
+    :math:`-\Sigma^{-1}(x_i - m)`, so the particles' covariance S (with :math:`M - 1`) has
+    :math:`\mathrm{tr}(\Sigma^{-1} S) = D` exactly, whatever kernel, estimator and whitening.
 
     Args:
         estimator: ``"kde"``, ``"blob"``, ``"sge"`` or ``"ssge"``.
         ridge: :math:`\eta` of sge and ssge.
         num_eigenpairs: how many leading eigenpairs ssge keeps; None for all.
-        whiten: None, ``"diag"`` or ``"full"``; weight space only. The covariance is shrunk to its
-            diagonal by 0.001, by 0.2 where there are at most twice as many particles as
-            dimensions. ``"full"`` keeps it whole, dimension x dimension numbers, so it is for
-            models of at most some thousand values.
+        whiten: None, ``"diag"`` or ``"full"``; weight space only. The full covariance is shrunk to
+            its diagonal by 0.001, so that it has an inverse with fewer particles than dimensions.
+            It has dimension x dimension numbers, so it is for models of at most some thousand
+            values.
         calibrate: whether to rescale the estimate by Stein's identity; weight space only.
 
     Raises:
@@ -370,9 +383,7 @@ def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tupl
         scale = variance.sqrt()
         white = (x / scale).reshape(everyone.shape)
         return white, lambda v: v / scale.reshape(num_points, num_features)
-    dimension = x.shape[1]
-    shrink = 0.2 if count <= 2 * dimension else 1e-3
-    covariance = (1 - shrink) * (x.T @ x) / (count - 1) + shrink * variance.diag()
+    covariance = (1 - SHRINKAGE) * (x.T @ x) / (count - 1) + SHRINKAGE * variance.diag()
     factor = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(factor, x.T, upper=False).T.reshape(everyone.shape)
 

@@ -69,6 +69,11 @@ def test_the_counter_counts():
     assert not memory.live
 
 
+def kernels(name):
+    """How many kernels a transport holds at once."""
+    return 2 if name == "HybridSVGD" else 1
+
+
 @pytest.mark.parametrize("name", TRANSPORTS)
 @pytest.mark.parametrize(
     ("points", "features", "pooled"),
@@ -85,7 +90,7 @@ def test_transport_keeps_no_differences_of_pairs(name, points, features, pooled)
     if whitens_fully(name) and pooled:
         largest = max(largest, (points * features) ** 2)
     assert memory.largest <= largest
-    assert memory.peak <= 8 * largest
+    assert memory.peak <= 8 * kernels(name) * largest
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSPORTS if not whitens_fully(name)])
@@ -125,7 +130,7 @@ def test_step_in_weight_space(name, group):
     memory, weights = step_memory(Weights(group=group), TRANSPORTS[name])
     largest = max(MANY * (weights + MANY), weights**2 * whitens_fully(name))
     assert memory.largest <= largest
-    assert memory.peak <= 12 * largest
+    assert memory.peak <= 12 * kernels(name) * largest
 
 
 def test_blocks_of_coordinates_are_the_same_as_all_at_once():

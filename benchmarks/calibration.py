@@ -1,0 +1,261 @@
+"""How close particle rules come to known posteriors: ours, ``pyro.infer.SVGD``, NumPyro's SVGD.
+
+Every rule gets the same log densities, particle counts, start (uniform in (-2, 2)), number of steps
+and Adam, whose learning rate falls from 0.1 to 0.001. Shown is the mean over seeds.
+
+* Every model is packed in one site of unconstrained values. ``pyro.infer.SVGD`` reads its vector of
+  particles as one row per particle although its guide packs site after site, so with several sites
+  its kernel compares rows that mix particles. With one site it does what it says.
+* Gaussians: marginal standard deviations over the true ones, mean [smallest, largest] coordinate;
+  the correlated one: smallest and largest eigenvalue of the covariance over the true ones.
+* Banana: a ~ Normal(0, 1), b ~ Normal(a^2, 0.5).
+* Eight schools: mu ~ Normal(0, 5), tau ~ HalfCauchy(5), effects not centred. The truth is
+  from quadrature: given tau everything is Gaussian.
+
+Run as ``python benchmarks/calibration.py``. Rows of NumPyro appear where it is installed; with
+``--only numpyro`` it runs where torch is not.
+"""
+
+import argparse
+import importlib.util
+import math
+
+import numpy as np
+
+SEEDS, LR = 3, 0.1
+Y = np.array([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=np.float32)
+S = np.array([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=np.float32)
+TAU_LOGS = np.linspace(-14, 6, 4001)
+
+
+# ------------------------------------------------------------- targets, for numpy, torch and jax
+
+
+def gaussian(sd):
+    return lambda x, xp, as_array: -0.5 * ((x / as_array(sd)) ** 2).sum(-1)
+
+
+def correlated(dimension=10, rho=0.9):
+    covariance = rho * np.ones((dimension, dimension)) + (1 - rho) * np.eye(dimension)
+    precision = np.linalg.inv(covariance).astype(np.float32)
+    return lambda x, xp, as_array: -0.5 * ((x @ as_array(precision)) * x).sum(-1)
+
+
+def banana(x, xp, as_array):
+    a, b = x[..., 0], x[..., 1]
+    return -0.5 * a**2 - 0.5 * ((b - a**2) / 0.5) ** 2
+
+
+def eight_schools(x, xp, as_array):
+    mu, log_tau, eta = x[..., :1], x[..., 1], x[..., 2:]
+    tau = xp.exp(log_tau)
+    prior = -0.5 * (mu[..., 0] / 5) ** 2 - xp.log1p((tau / 5) ** 2) + log_tau
+    effect = mu + tau[..., None] * eta
+    errors = ((as_array(Y) - effect) / as_array(S)) ** 2
+    return prior - 0.5 * (eta**2).sum(-1) - 0.5 * errors.sum(-1)
+
+
+def spread(sd):
+    def show(x):
+        ratio = x.std(0, ddof=1) / sd
+        return [ratio.mean(), ratio.min(), ratio.max()]
+
+    return show
+
+
+def eigenvalues(x):
+    found = np.linalg.eigvalsh(np.cov(x.T))
+    return [found[0] / 0.1, found[-1] / 9.1]
+
+
+def banana_moments(x):
+    return [x[:, 0].std(ddof=1), x[:, 1].mean(), x[:, 1].std(ddof=1)]
+
+
+def schools_moments(x):
+    mu, tau, eta = x[:, 0], np.exp(x[:, 1]), x[:, 2:]
+    return [mu.mean(), mu.std(ddof=1), np.median(tau), eta.std(0, ddof=1).mean()]
+
+
+def exact_schools():
+    """The four numbers by quadrature over log tau; (mu, eta) given tau is Gaussian."""
+    tau = np.exp(TAU_LOGS)
+    design = np.zeros((len(tau), 8, 9))
+    design[:, :, 0] = 1
+    design[:, range(8), range(1, 9)] = tau[:, None]
+    prior = np.diag([25.0] + [1.0] * 8)
+    scaled = design / S[:, None] ** 2
+    covariance = np.linalg.inv(design.swapaxes(1, 2) @ scaled + np.linalg.inv(prior))
+    mean = (covariance @ (scaled.swapaxes(1, 2) @ Y)[..., None])[..., 0]
+    marginal = design @ prior @ design.swapaxes(1, 2) + np.diag(S**2)
+    fit = np.einsum("i,tij,j->t", Y, np.linalg.inv(marginal), Y)
+    log = -0.5 * (fit + np.linalg.slogdet(marginal)[1]) - np.log1p((tau / 5) ** 2) + TAU_LOGS
+    weight = np.exp(log - log.max())
+    weight /= weight.sum()
+    first = weight @ mean
+    second = weight @ (np.diagonal(covariance, axis1=1, axis2=2) + mean**2)
+    sd = np.sqrt(second - first**2)
+    return [first[0], sd[0], tau[np.searchsorted(weight.cumsum(), 0.5)], sd[1:].mean()]
+
+
+def ladder(dimension):
+    return np.logspace(-1, 1, dimension).astype(np.float32)
+
+
+# name: dimension, log density, statistics of particles, the truth, steps
+TARGETS = {
+    **{
+        f"Gaussian {d}-d, {name}": (d, gaussian(sd), spread(sd), [1, 1, 1], 400)
+        for d in (2, 10, 50)
+        for name, sd in (("sd 1", np.ones(d, dtype=np.float32)), ("sd .1 to 10", ladder(d)))
+    },
+    "Gaussian 10-d, correlation .9": (10, correlated(), eigenvalues, [1, 1], 400),
+    "banana: sd a, mean b, sd b": (2, banana, banana_moments, [1, 1, 1.5], 800),
+    "eight schools: mu, sd, median tau, sd eta": (
+        10,
+        eight_schools,
+        schools_moments,
+        exact_schools(),
+        1200,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------- the rules
+
+
+def ours(transport):
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer.autoguide.initialization import init_to_uniform
+
+    from pyro_fordes import RBF, ParticleInference, Weights
+
+    def run(target, particles, seed):
+        dimension, density, _, _, steps = TARGETS[target]
+        inference = ParticleInference(
+            torch_model(dist, pyro, torch, dimension, density),
+            torch_adam(pyro, steps),
+            particles,
+            kernel=RBF(Weights()),
+            transport=transport,
+            init_loc_fn=init_to_uniform,
+            seed=seed,
+        )
+        inference.run(steps, progress_bar=False)
+        return inference.get_samples()["x"].numpy()
+
+    return run
+
+
+def pyro_svgd(mode):
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer import SVGD, RBFSteinKernel
+
+    def run(target, particles, seed):
+        dimension, density, _, _, steps = TARGETS[target]
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        model = torch_model(dist, pyro, torch, dimension, density)
+        svgd = SVGD(model, RBFSteinKernel(), torch_adam(pyro, steps), particles, 0, mode=mode)
+        start = 4 * torch.rand(particles * dimension) - 2
+        svgd.guide()  # makes the particles
+        with torch.no_grad():
+            pyro.param("svgd_particles").copy_(start)
+        for _ in range(steps):
+            svgd.step()
+        return pyro.param("svgd_particles").detach().reshape(particles, dimension).numpy()
+
+    return run
+
+
+def torch_model(dist, pyro, torch, dimension, density):
+    """The log density as a model with one site (the site's own density is divided out)."""
+    flat = dist.Normal(torch.zeros(dimension), 1.0).to_event(1)
+
+    def model():
+        x = pyro.sample("x", flat)
+        pyro.factor("target", density(x, torch, torch.as_tensor) - flat.log_prob(x))
+
+    return model
+
+
+def torch_adam(pyro, steps):
+    options = {"lr": LR, "lrd": 0.01 ** (1 / steps), "betas": (0.9, 0.95), "clip_norm": 1e9}
+    return pyro.optim.ClippedAdam(options)
+
+
+def numpyro_svgd(mode):
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.contrib.einstein import SVGD, RBFKernel
+
+    def run(target, particles, seed):
+        dimension, density, _, _, steps = TARGETS[target]
+        flat = dist.Normal(jnp.zeros(dimension), 1.0).to_event(1)
+
+        def model():
+            x = numpyro.sample("x", flat)
+            numpyro.factor("target", density(x, jnp, jnp.asarray) - flat.log_prob(x))
+
+        adam = numpyro.optim.Adam(lambda step: LR * 0.01 ** (step / steps), b1=0.9, b2=0.95)
+        svgd = SVGD(model, adam, RBFKernel(mode=mode), num_stein_particles=particles)
+        result = svgd.run(jax.random.key(seed), steps, progress_bar=False)
+        return np.asarray(result.params["x_auto_loc"]).reshape(particles, dimension)
+
+    return run
+
+
+def rules(only):
+    """Names and rules of what is installed."""
+    found = {}
+    if only != "numpyro" and importlib.util.find_spec("torch"):
+        import torch
+
+        from pyro_fordes import WGD
+
+        torch.set_num_threads(1)
+        for whiten in ("full", "diag"):
+            found[f"ours: sge, {whiten}, calibrated"] = ours(
+                WGD("sge", whiten=whiten, calibrate=True)
+            )
+        found["pyro.infer.SVGD, univariate (default)"] = pyro_svgd("univariate")
+        found["pyro.infer.SVGD, multivariate"] = pyro_svgd("multivariate")
+    if only != "torch" and importlib.util.find_spec("numpyro"):
+        found["NumPyro SVGD, RBF norm (default)"] = numpyro_svgd("norm")
+        found["NumPyro SVGD, RBF vector"] = numpyro_svgd("vector")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("torch", "numpyro"), help="rules of one library only")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--target", default="", help="only targets whose name contains this")
+    arguments = parser.parse_args()
+    competitors = rules(arguments.only)
+    for target, (_, _, statistics, truth, _) in TARGETS.items():
+        if arguments.target not in target:
+            continue
+        print(f"\n{target}; truth {show(truth)}")
+        for particles in (100, 20):
+            for name, run in competitors.items():
+                found = [statistics(run(target, particles, s)) for s in range(arguments.seeds)]
+                sd = np.std(found, axis=0, ddof=1) if len(found) > 1 else [math.nan]
+                print(
+                    f"  {particles:4} {name:38} {show(np.mean(found, axis=0))}   +- {show(sd)}",
+                    flush=True,
+                )
+
+
+def show(numbers):
+    return " ".join(f"{number:6.2f}" for number in numbers)
+
+
+if __name__ == "__main__":
+    main()
