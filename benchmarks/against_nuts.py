@@ -43,13 +43,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_fordes
-from pyro_fordes import RBF, SVGD, WGD, ParticleInference, Weights
+from pyro_fordes import RBF, SVGD, WGD, Outputs, ParticleInference, Weights
+from pyro_fordes.spaces import Space
 from pyro_fordes.transports import Transport
 
 REFERENCES = Path(__file__).parent / "references"
 NUM_STORED = 1500  # two thirds are the reference, the others show what draws reach
 ESTIMATORS = ("kde", "blob", "sge", "ssge")
 FLOOR = "NUTS draws"
+FUNCTIONS = "outputs on the grid"  # for posteriors with points
 # Copies, steps to warm up, draws of each and tree depth, where they are not the usual ones.
 NUTS_SIZE = {"network": (16, 200, 150, 7)}  # trees are deep, and a draw is far from the last
 
@@ -77,7 +79,7 @@ def ours(
     settings: Settings,
     seed: int,
     transport: Transport,
-    group: str = "joint",
+    space: Space | None = None,
     steps: int | None = None,
 ) -> dict[str, Tensor]:
     """Values of the sites of ``ParticleInference``."""
@@ -85,7 +87,7 @@ def ours(
         posterior.model,
         settings.optim,
         settings.particles,
-        kernel=RBF(Weights(group=group)),
+        kernel=RBF(space or Weights()),
         transport=transport,
         init_loc_fn=init_to_uniform,  # a draw from the prior of `tau` may lie thousands away
         seed=seed,
@@ -134,7 +136,13 @@ def _rules() -> dict[str, Rule]:
     for e in ESTIMATORS:
         rules[f"WGD {e}, calibrated"] = lambda p, s, seed, e=e: ours(p, s, seed, calibrated(e)(p))
     for group in ("joint", "coordinate"):
-        rules[f"SVGD, {group}"] = lambda p, s, seed, g=group: ours(p, s, seed, SVGD(), g)
+        rules[f"SVGD, {group}"] = lambda p, s, seed, g=group: ours(
+            p, s, seed, SVGD(), Weights(group=g)
+        )
+    for e in ("kde", "sge"):
+        rules[f"WGD {e}, {FUNCTIONS}"] = lambda p, s, seed, e=e: ours(
+            p, s, seed, WGD(e), Outputs(points=p.points)
+        )
     for mode in ("univariate", "multivariate"):
         for one_site in (True, False):
             name = f"pyro {mode}, {'one site' if one_site else 'as it is'}"
@@ -283,6 +291,8 @@ def measure(
             add(results[FLOOR][name], reference.distances(block))
     runs = tqdm(list(itertools.product(range(seeds), posteriors, rules)))
     for seed, posterior, rule in runs:
+        if FUNCTIONS in rule and posterior.points is None:
+            continue
         key = f"{posterior.name}; {rule}; {settings}; seed {seed}"
         runs.set_description(key)
         if key not in kept:
@@ -301,7 +311,9 @@ def add(columns: dict[str, list[float]], found: dict[str, float]) -> None:
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard error."""
+    """Mean and standard error; a dash where a rule does not apply."""
+    if not values:
+        return "–"
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
@@ -313,7 +325,7 @@ def table(results: Results, quantity: str, title: str) -> None:
     print(f"\n{title}\n\n| |" + "".join(f" {name} |" for name in names))
     print("|---|" + "---|" * len(names))
     for rule, row in results.items():
-        print(f"| {rule} |" + "".join(f" {cell(row[name][quantity])} |" for name in names))
+        print(f"| {rule} |" + "".join(f" {cell(row[name].get(quantity, []))} |" for name in names))
 
 
 def summary(results: Results, quantity: str) -> None:
@@ -322,7 +334,7 @@ def summary(results: Results, quantity: str) -> None:
     print("| | NUTS draws | best of ours | | best of pyro.infer.SVGD | | ours - theirs |")
     print("|---|---|---|---|---|---|---|")
     for name in results[FLOOR]:
-        found = {rule: row[name][quantity] for rule, row in results.items()}
+        found = {rule: row[name][quantity] for rule, row in results.items() if row[name]}
         floor = found.pop(FLOOR)
         closest = sorted(found, key=lambda rule: average(found[rule]))
         mine = next(rule for rule in closest if not rule.startswith("pyro"))

@@ -6,6 +6,7 @@ free of plates, so that one site may hold them all (see `packed`).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -134,7 +135,7 @@ def network_mean(sites: Sites, x: Tensor) -> Tensor:
     return (hidden.tanh() * sites["w2"][..., None, :]).sum(-1) + sites["b2"][..., None]
 
 
-def network(x: Tensor, y: Tensor) -> None:
+def network(x: Tensor, y: Tensor | None) -> None:
     """Regression by a network with one hidden layer of tanh units and known noise."""
     zeros = x.new_zeros(NUM_HIDDEN)
     sites = {
@@ -154,9 +155,13 @@ def network_data() -> tuple[Tensor, ...]:
     return x, (2 * x).sin() + 0.3 * x + NOISE * torch.randn(30, generator=generator)
 
 
+GRID = torch.linspace(-3.0, 3.0, 31)
+"""Reaches beyond the data on both sides."""
+
+
 def network_functions(sites: Sites) -> Tensor:
-    """The networks on a grid that reaches beyond the data on both sides."""
-    return network_mean(sites, torch.linspace(-3.0, 3.0, 31))
+    """The networks on the grid."""
+    return network_mean(sites, GRID)
 
 
 # -------------------------------------------------------------------- posteriors
@@ -175,6 +180,8 @@ class Posterior:
             values.
         drawn_as: the posterior whose NUTS draws are used, where it is another one.
         from_drawn: values of the sites from those of ``drawn_as``.
+        points: the model's arguments at other inputs, where functions can be compared; None where
+            it has none.
     """
 
     name: str
@@ -184,6 +191,7 @@ class Posterior:
     coordinates: Callable[[Sites], Tensor] | None = None
     drawn_as: str | None = None
     from_drawn: Callable[[Sites], Sites] | None = None
+    points: tuple[Any, ...] | None = None
 
     def compared(self, sites: Sites) -> Tensor:
         """Coordinates of each draw in which distances are measured, ``(draw, coordinate)``."""
@@ -204,7 +212,9 @@ POSTERIORS = {
         Posterior("logistic", logistic, logistic_data()),
         # `mixture` itself needs enumerated latents; the density is the same.
         Posterior("mixture", mixture_marginal, mixture_data()),
-        Posterior("network", network, network_data(), "diag", network_functions),
+        Posterior(
+            "network", network, network_data(), "diag", network_functions, points=(GRID, None)
+        ),
     )
 }
 
