@@ -507,6 +507,7 @@ def main() -> None:
     for name in STAND_INS:
         if importlib.util.find_spec(name.split(".")[0]) is None:
             sys.modules[name] = mock.MagicMock(__name__=name, __spec__=None)
+    # Two names of a package for Python 2, which old examples import; a stand-in is no ModuleType.
     sys.modules.setdefault("six", SimpleNamespace(string_types=(str,)))  # type: ignore[arg-type]
     # In front, so that `tests` is theirs; Pyro is imported by now and stays the installed one.
     sys.path.insert(0, str(options.pyro.resolve()))

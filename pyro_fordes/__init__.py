@@ -15,6 +15,7 @@ from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_
 from pyro_fordes.dynamics import WAG as WAG, Langevin as Langevin, WNes as WNes
 from pyro_fordes.function_spaces import Features as Features, Outputs as Outputs
 from pyro_fordes.inference import ParticleInference as ParticleInference
+from pyro_fordes.input_gradients import InputGradients as InputGradients
 from pyro_fordes.io_arviz import to_arviz as to_arviz
 from pyro_fordes.kernels import IMQ as IMQ, RBF as RBF, Mixture as Mixture
 from pyro_fordes.lengthscales import (
@@ -32,7 +33,7 @@ from pyro_fordes.schedules import (
     Linear as Linear,
     Tanh as Tanh,
 )
-from pyro_fordes.spaces import InputGradients as InputGradients, Weights as Weights
+from pyro_fordes.spaces import Weights as Weights
 from pyro_fordes.transports import SVGD as SVGD, WGD as WGD, Ensemble as Ensemble
 
 __version__ = "0.1.0"

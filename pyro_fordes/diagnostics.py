@@ -24,7 +24,7 @@ from pyro_fordes._checks import (
     describe,
 )
 from pyro_fordes.bandwidths import Bandwidth, Fixed, Median
-from pyro_fordes.kernels import squared_distances
+from pyro_fordes.kernels import imq_profile, rbf_profile, squared_distances
 from pyro_fordes.particles import ravel
 
 
@@ -291,14 +291,12 @@ def _profile(
     """A kernel's value and slope at squared distances, and the slope's derivative by them."""
     check_choice("kernel", kernel, ("imq", "rbf"))
     if kernel == "rbf":
-        value = torch.exp(distances / (-2 * h))
-        return value, -value / h, value / (2 * h * h)
+        value, slope = rbf_profile(distances, h)
+        return value, slope, slope / (-2 * h)
     if not -1 < check_number("beta", beta) < 0:
         raise ArgumentError(f"beta must be between -1 and 0, got {beta}")
-    base = 1 + distances / (2 * h)
-    value = base**beta
-    slope = beta * value / (base * h)
-    return value, slope, (beta - 1) * slope / (2 * base * h)
+    value, slope = imq_profile(distances, h, beta)
+    return value, slope, (beta - 1) * slope / (2 * h + distances)
 
 
 def _one_bandwidth(

@@ -18,6 +18,8 @@ from torch.optim.optimizer import ParamsT
 
 from pyro_fordes._checks import ArgumentError, check_number
 
+# torch declares `Optimizer.step` by overloads that none of its own optimisers repeats, hence the
+# `type: ignore[override]` below.
 Closure = Callable[[], float]
 
 

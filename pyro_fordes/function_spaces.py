@@ -20,9 +20,7 @@ from pyro_fordes.sites import (
     log_likelihood_scores,
     observed_sites,
 )
-
-Output = str | Callable[[Any], Tensor]
-"""A site, a submodule's path, or a function of the trace."""
+from pyro_fordes.spaces import Output
 
 Points = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[], Any]
 """Arguments of the model, observations left out: one tensor, positional, by keyword; or a function

@@ -33,6 +33,7 @@ from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
 from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores, evaluate_in
 from pyro_fordes.initial import initial_particles
+from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
@@ -47,8 +48,8 @@ from pyro_fordes.particles import (
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.sites import pointwise_log_prob
-from pyro_fordes.spaces import InputGradients, Space
-from pyro_fordes.state import Load, finish_loading, state_of, take_state
+from pyro_fordes.spaces import Space
+from pyro_fordes.state import Load, copied, finish_loading, state_of, take_state
 from pyro_fordes.transports import WGD, Transport
 
 
@@ -176,6 +177,7 @@ class ParticleInference:
         self._diagnostics: dict[str, Any] | None = None
         self._step = 0
         self._shared: dict[str, Tensor] = {}
+        self._enumerated: tuple[str, ...] = ()
         self._loaded: dict[str, Any] | None = None  # a state that waits for the model's arguments
         self._position: Position | None = None  # of the fit that is under way
         self._resumable: Position | None = None  # of the last one
@@ -215,7 +217,7 @@ class ParticleInference:
         )
         buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
-        self._latents = latents
+        self._latents, self._enumerated = latents, prototype.enumerated
         try:
             with preserved_rng():
                 self._check_start(args, kwargs)
@@ -458,6 +460,10 @@ class ParticleInference:
         Raises:
             StateError: if there are no particles yet.
         """
+        return copied(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """What `state_dict` copies."""
         self._started()
         return self._loaded or state_of(self)
 
@@ -484,7 +490,7 @@ class ParticleInference:
         Raises:
             CheckpointError: if it cannot be written; an older file of that name is unchanged.
         """
-        write(path, self.state_dict())
+        write(path, self._state())
 
     load = Load()
 

@@ -135,6 +135,19 @@ def squared_distances(
     return distances
 
 
+def rbf_profile(distances: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and slope of `RBF` at squared distances."""
+    value = torch.exp(distances / (-2 * bandwidth))
+    return value, value / -bandwidth
+
+
+def imq_profile(distances: Tensor, bandwidth: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Value and slope of `IMQ` at squared distances."""
+    base = 1 + distances / (2 * bandwidth)
+    value = base**beta
+    return value, beta * value / (base * bandwidth)
+
+
 @dataclass(frozen=True)
 class RBF:
     r"""Gaussian kernel :math:`\exp(-\lVert r - r'\rVert^2 / (2h))`, averaged over points.
@@ -167,8 +180,7 @@ class RBF:
 
     def profile(self, distances: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope at squared distances (the slope is twice the derivative by them)."""
-        value = torch.exp(distances / (-2 * bandwidth))
-        return value, value / -bandwidth
+        return rbf_profile(distances, bandwidth)
 
     def evaluate(
         self,
@@ -219,9 +231,7 @@ class IMQ:
 
     def profile(self, distances: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope at squared distances (the slope is twice the derivative by them)."""
-        base = 1 + distances / (2 * bandwidth)
-        value = base**self.beta
-        return value, self.beta * value / (base * bandwidth)
+        return imq_profile(distances, bandwidth, self.beta)
 
     def evaluate(
         self,

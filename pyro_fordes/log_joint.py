@@ -320,6 +320,7 @@ class LogJoint:
         submodules: tuple[str, ...] = (),
         buffers: Values | None = None,
         draw: bool = False,
+        chunk_size: int | None = None,
     ) -> Any:
         """What ``capture`` keeps of each particle's run on arguments without observations.
 
@@ -336,6 +337,7 @@ class LogJoint:
             draw: whether each particle draws the other sites, one particle after the other, since
                 most distributions cannot draw under vmap. If not, they are drawn once, as the first
                 particle has them.
+            chunk_size: how many particles are run at a time; None for all.
 
         Returns:
             The tree, with a leading particle axis.
@@ -344,7 +346,6 @@ class LogJoint:
             ModelError: if the model cannot be run with these arguments.
         """
         self.arguments.check(args, kwargs)
-        kept = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         first, _ = _constrain({name: value[0] for name, value in values.items()}, latents)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with torch.no_grad(), pyro.validation_enabled(False), _Replay(first, {}):
@@ -377,7 +378,14 @@ class LogJoint:
                 trace = self._trace(own_buffers, args, kwargs)
             return (capture(Call(trace, modules)),)
 
-        return self._map(run, values, {}, kept, "loop" if draw else None)[0][0]
+        count = len(next(iter(values.values())))
+        parts = []
+        for start in range(0, count, chunk_size or count):
+            rows = slice(start, start + (chunk_size or count))
+            chunk = {name: value[rows] for name, value in values.items()}
+            kept = {name: buffer[rows].clone() for name, buffer in (buffers or {}).items()}
+            parts.append(self._map(run, chunk, {}, kept, "loop" if draw else None)[0][0])
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     def latents(
         self, names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
@@ -417,7 +425,8 @@ class LogJoint:
         first = next(iter(values.values()))
         engine = engine or self.engine(first.device)
         # What a first attempt may leave half changed.
-        untouched = {} if self._vectorises else {k: v.clone() for k, v in stacked.items()}
+        first_attempt = engine == "vmap" and self._vectorises is None
+        untouched = {k: v.clone() for k, v in stacked.items()} if first_attempt else {}
         try:
             with pyro.validation_enabled(False):
                 if engine == "loop":
@@ -438,7 +447,7 @@ class LogJoint:
                 f"too large"
             ) from error
         except RuntimeError as error:
-            if engine == "vmap" and self.vectorize == "auto" and _has_no_vectorised_form(error):
+            if first_attempt and self.vectorize == "auto" and _has_no_vectorised_form(error):
                 self._vectorises = False
                 return self._map(run, values, inputs, untouched, "loop")
             raise self._explain(error) from error
@@ -488,13 +497,16 @@ class LogJoint:
     def _recorded(self, submodules: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Record the outputs of submodules while the model runs."""
         outputs: dict[str, Any] = {}
+        if self.module is None:
+            yield outputs
+            return
         with ExitStack() as stack:
             for path in submodules:
 
                 def hook(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
                     outputs[path] = output
 
-                handle = self.module.get_submodule(path).register_forward_hook(hook)  # type: ignore[union-attr]
+                handle = self.module.get_submodule(path).register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield outputs
 

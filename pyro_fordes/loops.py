@@ -52,7 +52,7 @@ class Position:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "losses": torch.stack(self.losses).cpu() if self.losses else None,
+            "losses": _stacked(self.losses) if self.losses else None,
             "epoch_random": self.epoch_random,
             "random": global_state(self.loader),
         }
@@ -92,7 +92,7 @@ class Saver:
         position = self.inference._position
         place = (self.inference._step, position.epoch, position.batch)
         if place != self.written:
-            write_numbered(self.folder, place[0], self.inference.state_dict(), self.keep)
+            write_numbered(self.folder, place[0], self.inference._state(), self.keep)
         self.written, self.last = place, time.monotonic()
 
 
@@ -184,10 +184,10 @@ def fit_epochs(
             if saver is not None:
                 saver.save()
     finally:
-        inference._position, inference._resumable = None, position
-    if not position.losses:
-        return torch.zeros(0)
-    return torch.stack([loss.cpu() for loss in position.losses])
+        # A fit without checkpoints is not gone on with: the next one begins anew.
+        inference._position = None
+        inference._resumable = position if saver is not None else None
+    return _stacked(position.losses) if position.losses else torch.zeros(0)
 
 
 def _epoch(
@@ -218,8 +218,7 @@ def _epoch(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
             "fewer points than a batch?"
         )
-    recent = torch.stack([loss.cpu() for loss in position.losses[-position.batch :]])
-    inference._stepper.end_epoch(float(recent.mean()))
+    inference._stepper.end_epoch(float(_stacked(position.losses[-position.batch :]).mean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False
 
@@ -248,26 +247,30 @@ def _batches(loader: Iterable[Any], position: Position) -> Iterable[Any]:
 _END = object()
 
 
+def _stacked(losses: list[Tensor]) -> Float[Tensor, " step"]:
+    """Losses on the CPU. Those of a checkpoint are there already; one copy brings the others."""
+    device = losses[-1].device
+    return torch.stack([loss.to(device) for loss in losses]).cpu()
+
+
 def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
-    """Where to go on: the newest checkpoint for a new inference, else its own position."""
+    """Where to go on: at the newest checkpoint, or where the inference is if that is further."""
     if Path(folder).is_file():
         raise CheckpointError(f"fit(checkpoint=...) must be a folder, but {folder} is a file")
-    if inference._step > 0:
-        return inference._resumable or Position()
     state, skipped = newest(folder)
-    if state is None:
-        if skipped:
-            raise CheckpointError(
-                f"none of the {len(skipped)} checkpoints in {folder} can be used: {skipped[0]}; "
-                f"delete or rename the folder to start anew"
-            )
-        return Position()
-    for message in skipped:
-        warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
-    inference.load_state_dict(state)
+    if state is None and skipped:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {folder} can be used: {skipped[0]}; "
+            f"delete or rename the folder to start anew"
+        )
+    if state is not None and state["step"] > inference._step:
+        for message in skipped:
+            warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
+        inference.load_state_dict(state)
     position = inference._resumable or Position()
     if position.batch == 0 and position.random is not None:
         set_global_state(position.random, loader)
+        position.random = None
     return position
 
 

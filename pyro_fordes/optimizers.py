@@ -123,6 +123,7 @@ class PyroStepper:
             optimizer = self.optim.pt_optim_constructor(tensors, **self.optim.pt_optim_args)
         except Exception as error:
             raise _not_set_up(parameters, error) from error
+        _check_first_order(optimizer)
         self.optim.optim_objs.update(dict.fromkeys(tensors, optimizer))
         return optimizer
 
@@ -184,6 +185,17 @@ def _unfit(name: str, error: Exception) -> CheckpointError:
     )
 
 
+def _check_first_order(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that wants to evaluate a loss."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} wants a closure that evaluates the loss again, but "
+            f"particles follow a velocity that is no gradient of one loss; use a first-order "
+            f"optimiser such as torch.optim.Adam or SGD"
+        )
+
+
 def _not_set_up(parameters: Mapping[str, Tensor], error: Exception) -> ArgumentError:
     """What to say of options that an optimiser refuses."""
     return ArgumentError(
@@ -217,13 +229,7 @@ class TorchStepper:
             raise ArgumentError(
                 f"optim(params) must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ArgumentError(
-                f"{type(optimizer).__name__} wants a closure that evaluates the loss again, but "
-                f"particles follow a velocity that is no gradient of one loss; use a first-order "
-                f"optimiser such as torch.optim.Adam or SGD"
-            )
+        _check_first_order(optimizer)
         return optimizer
 
     def end_epoch(self, loss: float) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pyro.distributions import Bernoulli, Categorical, OneHotCategorical
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_fordes._checks import ArgumentError, ModelError, check_positive_int
 from pyro_fordes.loops import arguments
+from pyro_fordes.metrics import uncertainty
 from pyro_fordes.particles import Call
-from pyro_fordes.sites import base_distribution, given_parameters
+from pyro_fordes.sites import base_distribution, given_parameters, pointwise_log_prob
 
 
 class ParticlePredictive:
@@ -30,6 +30,9 @@ class ParticlePredictive:
         return_sites: names of the sites to return; None for all that are no latent sites. The
             name ``"_RETURN"`` stands for the model's return value.
         chunk_size: how many particles are run at a time; None for all.
+
+    Where discrete sites were summed out, `__call__` draws them and what depends on them; the other
+    methods refuse.
 
     Raises:
         ArgumentError: if an argument is of the wrong kind.
@@ -94,10 +97,10 @@ class ParticlePredictive:
 
         def capture(call: Call) -> dict[str, Tensor]:
             nodes = call.trace.nodes
-            sites = [name for name, site in nodes.items() if _is_predicted(site)]
+            sites = [name for name, site in nodes.items() if _is_sampled(site)]
             names = self.return_sites
             if names is None:
-                names = [name for name in sites if name not in latents]
+                names = [name for name in sites if name not in self.inference._particles]
             unknown = [name for name in names if name not in (*sites, "_RETURN")]
             if unknown:
                 raise ArgumentError(
@@ -105,7 +108,6 @@ class ParticlePredictive:
                 )
             return {name: nodes[name]["value"] for name in names}
 
-        latents = self.inference.get_unconstrained()
         return self._map(capture, args, kwargs, draw=True)
 
     def parameters(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Tensor]]:
@@ -158,15 +160,7 @@ class ParticlePredictive:
         Returns:
             ``{site: (particle, *batch shape)}``.
         """
-
-        def capture(call: Call) -> dict[str, Tensor]:
-            return {
-                name: scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-                for name, site in self._observed(call).items()
-                if site["is_observed"]
-            }
-
-        found = self._map(capture, args, kwargs)
+        found = self._map(pointwise_log_prob, args, kwargs)
         if not found:
             raise ArgumentError(
                 "log_prob needs the observations, but no site of the model is observed with these "
@@ -235,12 +229,11 @@ class ParticlePredictive:
 
     def _observed(self, call: Call) -> dict[str, Any]:
         """The sites of a run that are observed, or would be."""
-        latents = self.inference.get_unconstrained()
         return {
             name: site
             for name, site in call.trace.nodes.items()
-            if _is_predicted(site)
-            and name not in latents
+            if _is_sampled(site)
+            and name not in self.inference._particles
             and not site["infer"].get("_deterministic", False)
             and not site["infer"].get("is_auxiliary", False)
         }
@@ -254,27 +247,32 @@ class ParticlePredictive:
         *,
         draw: bool = False,
     ) -> Any:
-        """What is captured of each particle's run, chunk by chunk."""
-        inference = self.inference
-        log_joint, particles = inference._log_joint, inference.get_unconstrained()
-        size = self.chunk_size or inference.num_particles
-        parts = []
+        """What is captured of each particle's run, the network in eval mode.
+
+        A distribution that depends on discrete sites is one given a draw of them, so only draws
+        are right where such sites have been summed out.
+        """
+        inference, log_joint = self.inference, self.inference._log_joint
+        inference._started()
+        if inference._enumerated and not draw:
+            raise ModelError(
+                f"the model's discrete sites {list(inference._enumerated)} were summed out, and "
+                f"the distributions of what depends on them are known only given a draw of them; "
+                f"draw with ParticlePredictive(inference)(...), and average the draws"
+            )
+        particles = {name: value.detach() for name, value in inference._particles.items()}
         with _eval_mode(log_joint.module):
-            latents = log_joint.latents(particles, args, kwargs)
-            for start in range(0, inference.num_particles, size):
-                rows = slice(start, start + size)
-                parts.append(
-                    log_joint.replay(
-                        {name: value[rows] for name, value in particles.items()},
-                        args,
-                        kwargs,
-                        latents,
-                        capture=capture,
-                        buffers={name: b[rows] for name, b in inference._buffers.items()},
-                        draw=draw,
-                    )
-                )
-        return _joined(parts)
+            latents = inference._latents or log_joint.latents(particles, args, kwargs)
+            return log_joint.replay(
+                particles,
+                args,
+                kwargs,
+                latents,
+                capture=capture,
+                buffers=inference._buffers,
+                draw=draw,
+                chunk_size=self.chunk_size,
+            )
 
 
 @contextmanager
@@ -290,7 +288,7 @@ def _eval_mode(module: torch.nn.Module | None) -> Iterator[None]:
             one.training = True
 
 
-def _is_predicted(site: Any) -> bool:
+def _is_sampled(site: Any) -> bool:
     """Whether a node is a site with a value of interest: no plate, parameter or argument."""
     return site["type"] == "sample" and not site_is_subsample(site)
 
@@ -313,15 +311,9 @@ def _log_probs(fn: Any) -> Tensor | None:
 
 
 def _split_entropy(log_probs: Float[Tensor, "particle *batch k"]) -> dict[str, Tensor]:
-    """Total, aleatoric and epistemic entropy; a class of probability 0 adds nothing."""
-    probs = log_probs.exp()
-    total = torch.special.entr(probs.mean(0)).sum(-1)
-    aleatoric = torch.special.entr(probs).sum(-1).mean(0)
-    return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Trees of tensors joined along the particle axis."""
-    if isinstance(parts[0], Mapping):
-        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    """What `metrics.uncertainty` says, in the site's batch shape."""
+    count, *batch, classes = log_probs.shape
+    found = uncertainty(log_probs.reshape(count, -1, classes))
+    return {
+        name: getattr(found, name).reshape(batch) for name in ("total", "aleatoric", "epistemic")
+    }

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +29,7 @@ def base_distribution(fn: Any) -> Any:
 
 def latent_sites(trace: Any) -> list[str]:
     """Names of the sites to infer: sampled, not observed, not summed out, no minibatch indices."""
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not _summed_out(site)
-    ]
+    return [name for name, site in _unobserved(trace) if not _summed_out(site)]
 
 
 def enumerated_sites(trace: Any) -> list[str]:
@@ -51,14 +44,14 @@ def enumerated_sites(trace: Any) -> list[str]:
         >>> enumerated_sites(trace), latent_sites(trace)
         (['z'], ['p'])
     """
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and _summed_out(site)
-    ]
+    return [name for name, site in _unobserved(trace) if _summed_out(site)]
+
+
+def _unobserved(trace: Any) -> Iterator[tuple[str, Any]]:
+    """The sampled sites without a given value, minibatch indices left out."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
+            yield name, site
 
 
 def _summed_out(site: Any) -> bool:

@@ -22,6 +22,7 @@ _PARTS = (
     "samples",
     "buffers",
     "shared",
+    "enumerated",
     "optimizer",
     "step",
     "random",
@@ -30,7 +31,7 @@ _PARTS = (
 
 
 def state_of(inference: Any) -> dict[str, Any]:
-    """See ``ParticleInference.state_dict``."""
+    """The state itself, its tensors those that later steps change: copy it to keep it."""
     particles, shared = inference._particles, inference._shared
     position = inference._position or inference._resumable
     # The rest of the samples are the particles' own values.
@@ -46,11 +47,12 @@ def state_of(inference: Any) -> dict[str, Any]:
             "pyro": pyro.__version__,
         },
         "num_particles": inference.num_particles,
-        "particles": _copies(particles),
-        "samples": _copies(transformed),
-        "buffers": _copies(inference._buffers),
-        "shared": _copies(shared),
-        "optimizer": _copies(inference._stepper.state_dict({**particles, **shared})),
+        "particles": {name: value.detach() for name, value in particles.items()},
+        "samples": {name: value.detach() for name, value in transformed.items()},
+        "buffers": dict(inference._buffers),
+        "shared": {name: value.detach() for name, value in shared.items()},
+        "enumerated": list(inference._enumerated),
+        "optimizer": inference._stepper.state_dict({**particles, **shared}),
         "step": inference._step,
         "random": inference._random.state_dict(),
         "position": None if position is None else position.state_dict(),
@@ -76,6 +78,7 @@ def take_state(inference: Any, state: Mapping[str, Any]) -> None:
     inference._buffers = {name: value.clone() for name, value in state["buffers"].items()}
     inference._space, inference._before = inference.kernel.space, {}
     inference._shared, inference._diagnostics = {}, None
+    inference._enumerated = tuple(state["enumerated"])
     inference._step, inference._seed = state["step"], state["random"]["seed"]
     inference._random.load_state_dict(state["random"])
     position = state["position"]
@@ -177,12 +180,12 @@ class Load:
         return load_new if instance is None else load_here
 
 
-def _copies(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
     """A tree of tensors and plain values, its tensors copied so that later steps leave them."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, Mapping):
-        return {key: _copies(value) for key, value in tree.items()}
+        return {key: copied(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_copies(value) for value in tree)
+        return type(tree)(copied(value) for value in tree)
     return tree

@@ -767,6 +767,11 @@ OPTIMISERS = {
         ArgumentError,
         "LBFGS.*closure",
     ),
+    "optimiser of Pyro that wants a closure": (
+        lambda: start(location, Y, optim=pyro.optim.PyroOptim(torch.optim.LBFGS, {})),
+        ArgumentError,
+        "LBFGS.*closure",
+    ),
     "bad value of a PyroOptim": (
         lambda: start(location, Y, optim=pyro.optim.Adam({"lr": -0.1})),
         ArgumentError,

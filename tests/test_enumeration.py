@@ -19,6 +19,7 @@ from pyro_fordes import (
     LogJoint,
     ModelError,
     ParticleInference,
+    ParticlePredictive,
     Weights,
     to_arviz,
 )
@@ -202,6 +203,26 @@ def test_single_observations_have_no_likelihood():
     exported = to_arviz(inference, Y)
     assert not hasattr(exported, "log_likelihood")
     assert math.isclose(float(exported.sample_stats["lp"][0, 0]), inference.log_joint(Y)[0].item())
+
+
+def test_predictions_are_drawn_not_conditioned_on_one_draw():
+    def model(y=None):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Categorical(weights))
+            return pyro.sample("y", dist.Normal(10.0 * z - 5.0, 1.0), obs=y)
+
+    inference = ParticleInference(
+        model, pyro.optim.Adam({"lr": 0.05}), PARTICLES, kernel=RBF(Weights()), seed=0
+    )
+    inference.setup(Y)
+    predict = ParticlePredictive(inference)
+    drawn = predict()
+    assert set(drawn) == {"z", "y"}
+    assert ((drawn["y"] > 0) == (drawn["z"] == 1)).all()
+    for method in (predict.mean, predict.parameters, predict.entropy):
+        with pytest.raises(ModelError, match="were summed out"):
+            method()
 
 
 def test_input_gradients_refuse_a_site_with_enumerated_dimensions():

@@ -270,7 +270,8 @@ def test_types_and_half_precision(dtype):
     log_probs = LOGITS.to(dtype).log_softmax(-1)
     for function in (metrics.nll, metrics.brier):
         result = function(log_probs, LABELS.int())
-        assert result.shape == () and result.dtype == expected  # noqa: PT018
+        assert result.shape == ()
+        assert result.dtype == expected
         same(result, function(LOG_PROBS, LABELS).to(expected), **tolerance)
     for function in (metrics.accuracy, metrics.ece):
         assert function(log_probs, LABELS.int()).dtype == expected
