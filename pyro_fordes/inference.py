@@ -21,7 +21,6 @@ from torch import Tensor
 from pyro_fordes._checks import (
     ArgumentError,
     ModelError,
-    NumericalError,
     StateError,
     check_choice,
     check_number,
@@ -31,7 +30,7 @@ from pyro_fordes._checks import (
 from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
-from pyro_fordes.forces import Forces, Rule, compute_forces, compute_scores, evaluate_in
+from pyro_fordes.forces import Forces, compute_scores, evaluate_in
 from pyro_fordes.initial import initial_particles
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
@@ -39,7 +38,6 @@ from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.particles import (
-    Call,
     Gather,
     Latent,
     OneProcess,
@@ -51,6 +49,7 @@ from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import Space
 from pyro_fordes.state import Load, copied, finish_loading, state_of, take_state
 from pyro_fordes.transports import WGD, Transport
+from pyro_fordes.update import check_start, forces_of, update
 
 
 class ParticleInference:
@@ -220,7 +219,7 @@ class ParticleInference:
         self._latents, self._enumerated = latents, prototype.enumerated
         try:
             with preserved_rng():
-                self._check_start(args, kwargs)
+                check_start(self, args, kwargs)
         except BaseException:
             self._space, self._particles, self._buffers = self.kernel.space, {}, {}
             raise
@@ -234,116 +233,13 @@ class ParticleInference:
         setting = self._log_joint.setting(args, kwargs, prototype)
         return space.prepare(replace(setting, scores=scores))
 
-    def _check_start(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Evaluate the initial particles and refuse to start if something is not finite."""
-        self._check_finite(self._forces(args, kwargs, measure=False), args, kwargs)
-
-    def _culprits(self, args: tuple, kwargs: Mapping[str, Any], particle: int) -> str:
-        """Sites whose log probability is not finite for a particle, for a message."""
-
-        def capture(call: Call) -> dict[str, Tensor]:
-            call.trace.compute_log_prob()
-            return {
-                name: torch.as_tensor(site["log_prob_sum"])
-                for name, site in call.trace.nodes.items()
-                if site["type"] == "sample"
-            }
-
-        with torch.no_grad(), preserved_rng():
-            evaluation = self._log_joint.evaluate(
-                self._particles, args, kwargs, capture=capture, buffers=self._buffers
-            )
-        names = [
-            name for name, value in evaluation.captured.items() if not value[particle].isfinite()
-        ]
-        return f" (not finite at site {', '.join(map(repr, names))})" if names else ""
-
     def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
-        """Evaluate the model and differentiate: the negative velocity of every site."""
-        rule = Rule(
-            space=self._space,
-            kernel=self.kernel,
-            transport=self.transport,
-            gather=self._gather,
-            temperature=at_step("temperature", self.temperature, self._step, exclusive=True),
-            repulsion_scale=at_step("repulsion_scale", self.repulsion_scale, self._step),
-            every=self.repulsion_every,
-            num_data=1.0 if self.num_data is None else float(self.num_data),
-            step=self._step,
-        )
-        return compute_forces(
-            self._log_joint, self._particles, self._buffers, args, kwargs, rule, measure=measure
-        )
+        """The negative velocity of every site."""
+        return forces_of(self, args, kwargs, measure)
 
     def _update(self, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
         """One update; returns the loss before it, on the particles' device."""
-        self.setup(*args, **kwargs)
-        # The first step with a repulsion after each so many.
-        repels = self._step % self.repulsion_every == 0
-        measure = repels and self._step % self.diagnostics_every < self.repulsion_every
-        with self._random.active():
-            forces = self._forces(args, kwargs, measure)
-        log_joint = forces.evaluation.log_joint.detach()
-        # On a CPU the check is cheap; on other devices it would wait for the device.
-        if log_joint.device.type == "cpu":
-            self._check_finite(forces, args, kwargs)
-        shared = {name: forces.evaluation.shared[name] for name in forces.shared_gradients}
-        self._shared.update(shared)
-        parameters = {**self._particles, **shared}
-        gradients = {**forces.gradients, **forces.shared_gradients}
-        for name, tensor in parameters.items():
-            tensor.grad = gradients[name]
-        before = self._copy(parameters)
-        try:
-            with self._random.active():  # an optimiser may draw noise
-                self._stepper.step(parameters)
-        except BaseException:
-            # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
-            with torch.no_grad():
-                for name, tensor in parameters.items():
-                    tensor.copy_(before[name])
-            raise
-        finally:
-            for tensor in parameters.values():
-                tensor.grad = None
-        self._buffers = dict(forces.evaluation.buffers)
-        if forces.diagnostics is not None:
-            self._diagnostics = forces.diagnostics
-        self._step += 1
-        return -log_joint.mean()
-
-    def _copy(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of tensors, in memory that is kept: getting it anew costs more than the copy."""
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                kept = self._before.get(name)
-                if kept is None or kept.shape != tensor.shape or kept.device != tensor.device:
-                    self._before[name] = tensor.detach().clone()
-                else:
-                    kept.copy_(tensor)
-        return self._before
-
-    def _check_finite(self, forces: Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Refuse an update that would make a particle useless, before it is made."""
-        start = "at the start" if self._step == 0 else f"at step {self._step}"
-        log_joint = forces.evaluation.log_joint
-        if not log_joint.isfinite().all():
-            particle = int((~log_joint.isfinite()).nonzero()[0])
-            raise NumericalError(
-                f"{start} the log joint of particle {particle} is {log_joint[particle].item()}"
-                f"{self._culprits(args, kwargs, particle)}; the particles were left as they are. "
-                f"Check the data for NaN, lower the learning rate, or start elsewhere with "
-                f"init_loc_fn"
-            )
-        named = {**forces.gradients, **forces.shared_gradients}
-        # One sum tells, since NaN and infinity survive it.
-        if not torch.stack([gradient.sum() for gradient in named.values()]).sum().isfinite():
-            sites = [name for name, gradient in named.items() if not gradient.isfinite().all()]
-            raise NumericalError(
-                f"{start} the force on {', '.join(map(repr, sites)) or 'all sites together'} is "
-                f"not finite, though the log joint is; the particles were left as they are. Check "
-                f"the model's gradients there, or lower the learning rate"
-            )
+        return update(self, args, kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Move all particles once.
@@ -360,7 +256,7 @@ class ParticleInference:
             FordesError: if something does not fit or is not finite; the particles are then
                 unchanged.
         """
-        return self._update(args, kwargs).item()
+        return update(self, args, kwargs).item()
 
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:

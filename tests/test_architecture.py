@@ -39,7 +39,9 @@ ALLOWED = {
     "loops": {"_checks", "_random", "checkpoint"},
     "initial": {"_checks", "_random", "prototype", "log_joint"},
     "state": {"_checks", "checkpoint", "loops", "optimizers", "prototype", "spaces"},
+    "update": {"_checks", "_random", "particles", "forces"},
     "inference": {
+        "update",
         "_checks",
         "state",
         "_random",
