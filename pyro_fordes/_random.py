@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _get() -> tuple[Tensor, Tensor | None]:
+def random_state() -> tuple[Tensor, Tensor | None]:
     """Current states of the CPU's and, if it is in use, the current CUDA device's generator."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda
@@ -28,7 +28,7 @@ def global_state(loader: Any = None) -> dict[str, Any]:
 
     Tensors, numbers and tuples only, so that a checkpoint can hold them.
     """
-    cpu, cuda = _get()
+    cpu, cuda = random_state()
     name, keys, place, has_gauss, gauss = np.random.get_state()
     return {
         "cpu": cpu,
@@ -65,7 +65,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Leave torch's global random state as it was, whatever is drawn inside."""
-    state = _get()
+    state = random_state()
     try:
         yield
     finally:
@@ -118,4 +118,4 @@ class RandomStream:
             try:
                 yield
             finally:
-                self._state = _get()
+                self._state = random_state()

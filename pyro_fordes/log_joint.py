@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ArgumentError, ModelError, NumericalError, describe
+from pyro_fordes._checks import ArgumentError, ModelError, describe
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.arguments import Arguments, substitute
+from pyro_fordes.engines import Engine
 from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import (
     Call,
+    Draw,
     Evaluation,
     Latent,
     Setting,
@@ -45,6 +47,7 @@ from pyro_fordes.prototype import (
     named_buffers,
     run_prototype,
 )
+from pyro_fordes.randomness import Draws
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -97,6 +100,8 @@ class LogJoint:
         max_plate_nesting: how many batch dimensions belong to plates, for models with discrete
             latent sites, which are summed out in the dimensions left of them. None looks at the
             plates of the first run.
+        randomness: whether particles draw ``"different"`` random numbers or the ``"same"``, where
+            the model draws some beside its sites (dropout).
 
     Example:
         >>> import pyro.distributions as dist
@@ -114,8 +119,10 @@ class LogJoint:
         model: Callable[..., Any],
         vectorize: str = "auto",
         max_plate_nesting: int | None = None,
+        randomness: str = "different",
     ) -> None:
         self.model = model
+        self.randomness = randomness
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
         self.arguments = Arguments(model)
@@ -123,7 +130,7 @@ class LogJoint:
         self._wrapped = None if self.module is None else _Wrapped(self.module)
         self._prototypes: dict[Any, Prototype] = {}
         self._first: Prototype | None = None
-        self._vectorises: bool | None = None  # not known before the first attempt
+        self._engine = Engine(self.module, vectorize, randomness)
         # Pyro makes every parameter that it meets require a gradient.
         self._frozen = {
             name
@@ -235,6 +242,14 @@ class LogJoint:
             name: torch.func.vmap(latents[name].transform)(value) for name, value in values.items()
         }
 
+    def draw(self, args: tuple, kwargs: Mapping[str, Any]) -> Draw:
+        """Minibatches of the subsampled plates and a seed, from the global generator."""
+        subsamples = {
+            name: Subsample(_draw(size, count, device), size)
+            for name, (size, count, device) in self.prototype(args, kwargs).plates.items()
+        }
+        return Draw(subsamples, int(torch.randint(2**62, ())))
+
     def evaluate(
         self,
         values: Values,
@@ -245,6 +260,8 @@ class LogJoint:
         submodules: tuple[str, ...] = (),
         input: int | str | None = None,
         buffers: Values | None = None,
+        draw: Draw | None = None,
+        first: int = 0,
     ) -> Evaluation:
         """Log joint of every particle, and what ``capture`` keeps of each run.
 
@@ -256,16 +273,16 @@ class LogJoint:
             submodules: paths of submodules whose outputs ``capture`` reads.
             input: argument that gets a particle axis and requires a gradient.
             buffers: per-particle values of the buffers that the model changes; they are copied.
+            draw: what `draw` gave, for several evaluations with equal random numbers; None draws.
+            first: index of the first of these particles among all.
 
         Raises:
             ModelError: if the model cannot be run for all particles at once.
             NumericalError: if a value is outside a distribution's support (NaN, for one).
         """
         prototype = self.prototype(args, kwargs)
-        subsamples = {
-            name: Subsample(_draw(size, count, device), size)
-            for name, (size, count, device) in prototype.plates.items()
-        }
+        draw = self.draw(args, kwargs) if draw is None else draw
+        draws = Draws(draw.seed, first, self.randomness == "same") if prototype.draws else None
         _check_values(values, prototype.latents)
         count = len(next(iter(values.values())))
         inputs, place = {}, None
@@ -287,7 +304,7 @@ class LogJoint:
             call_args, call_kwargs = args, kwargs
             for tensor in stand_in.values():
                 call_args, call_kwargs = substitute(args, kwargs, place, tensor)
-            with self._recorded(submodules) as modules, _Replay(constrained, subsamples):
+            with self._recorded(submodules) as modules, _Replay(constrained, draw.subsamples):
                 trace = self._trace(own_buffers, call_args, call_kwargs, prototype)
             if prototype.enumerated:
                 log_density = marginal_log_prob(trace)
@@ -304,9 +321,11 @@ class LogJoint:
         # Second derivatives of fused attention do not exist; the plain one has them.
         attention = _plain_attention() if input is not None else nullcontext()
         with attention:
-            (log_density, log_det, captured), stacked = self._map(run, values, inputs, stacked)
+            (log_density, log_det, captured), stacked = self._engine.map(
+                run, values, inputs, stacked, draws=draws
+            )
         return Evaluation(
-            values, log_density, log_det, captured, inputs, subsamples, stacked, shared
+            values, log_density, log_det, captured, inputs, draw.subsamples, stacked, shared
         )
 
     def replay(
@@ -384,7 +403,7 @@ class LogJoint:
             rows = slice(start, start + (chunk_size or count))
             chunk = {name: value[rows] for name, value in values.items()}
             kept = {name: buffer[rows].clone() for name, buffer in (buffers or {}).items()}
-            parts.append(self._map(run, chunk, {}, kept, "loop" if draw else None)[0][0])
+            parts.append(self._engine.map(run, chunk, {}, kept, "loop" if draw else None)[0][0])
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     def latents(
@@ -413,45 +432,6 @@ class LogJoint:
                 buffers, lambda: poutine.trace(model).get_trace(*args, **kwargs)
             )
 
-    def _map(
-        self,
-        run: Callable[..., Any],
-        values: Values,
-        inputs: Values,
-        stacked: dict[str, Tensor],
-        engine: str | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Run a function of one particle for all; returns its results and the buffers after it."""
-        first = next(iter(values.values()))
-        engine = engine or self.engine(first.device)
-        # What a first attempt may leave half changed.
-        first_attempt = engine == "vmap" and self._vectorises is None
-        untouched = {k: v.clone() for k, v in stacked.items()} if first_attempt else {}
-        try:
-            with pyro.validation_enabled(False):
-                if engine == "loop":
-                    return _loop(run, values, inputs, stacked, len(first))
-                results = torch.func.vmap(run, randomness="different")(
-                    dict(values), inputs, stacked
-                )
-                self._vectorises = True
-                return results, stacked
-        except (ModelError, ArgumentError):
-            raise
-        except ValueError as error:
-            if "to be within the support" not in str(error) and "constraint" not in str(error):
-                raise ModelError(f"the model failed when run with particles: {error}") from error
-            raise NumericalError(
-                f"a particle's value is outside the support of its distribution: "
-                f"{str(error).splitlines()[0]}; a NaN here is most often a learning rate that is "
-                f"too large"
-            ) from error
-        except RuntimeError as error:
-            if first_attempt and self.vectorize == "auto" and _has_no_vectorised_form(error):
-                self._vectorises = False
-                return self._map(run, values, inputs, untouched, "loop")
-            raise self._explain(error) from error
-
     def stack_buffers(self, prototype: Prototype, count: int) -> dict[str, Tensor]:
         """The buffers that runs of the model change, one copy for each particle."""
         own = named_buffers(self.model)
@@ -462,29 +442,7 @@ class LogJoint:
 
     def engine(self, device: torch.device) -> str:
         """The engine that runs on a device: the rule of ``vectorize="auto"``."""
-        if self.vectorize != "auto":
-            return self.vectorize
-        if self._vectorises is False:
-            return "loop"
-        modules = [] if self.module is None else list(self.module.modules())
-        if any(isinstance(module, nn.RNNBase) for module in modules):
-            return "loop"
-        has_convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in modules)
-        return "loop" if has_convolution and device.type == "cpu" else "vmap"
-
-    def _explain(self, error: RuntimeError) -> Exception:
-        """A `ModelError` for what vmap cannot do; other errors of the model as they are."""
-        text = str(error)
-        if "running_mean" in text or "in-place" in text or "inplace" in text:
-            hint = (
-                "the model updates a tensor in place (BatchNorm in a plain function?); write the "
-                "model as a PyroModule so that its buffers can be kept per particle"
-            )
-        elif _has_no_vectorised_form(error):
-            hint = "some operation has no vectorised form; use vectorize='loop'"
-        else:
-            return ModelError(f"the model failed when run with particles: {text}")
-        return ModelError(f"the model cannot be vectorised over particles: {hint}. torch: {text}")
+        return self._engine.choose(device)
 
     def _with_buffers(self, buffers: dict[str, Tensor], run: Callable[[], Any]) -> Any:
         """Run with the model's buffers replaced (and updated in place)."""
@@ -509,15 +467,6 @@ class LogJoint:
                 handle = self.module.get_submodule(path).register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield outputs
-
-
-def _has_no_vectorised_form(error: RuntimeError) -> bool:
-    """Whether an error is vmap's, about an operation that a loop could run."""
-    text = str(error)
-    if "running_mean" in text or "in-place" in text or "inplace" in text:
-        return False
-    signs = ("vmap", "Batching rule", "data-dependent", "BatchedTensor", "setup_context")
-    return any(sign in text for sign in signs)
 
 
 def _shapes(tree: Any) -> Any:
@@ -604,29 +553,6 @@ def _is_identity(transform: Any) -> bool:
     while hasattr(transform, "base_transform"):
         transform = transform.base_transform
     return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
-
-
-def _loop(
-    run: Callable[..., Any], values: Values, inputs: Values, buffers: Values, count: int
-) -> tuple[Any, dict[str, Tensor]]:
-    """Run one particle after the other and stack the results, as vmap would."""
-    # One unbind per tensor: the backward of indexing would allocate a full zero tensor each time.
-    parts = [
-        {name: tensor.unbind(0) for name, tensor in group.items()}
-        for group in (values, inputs, buffers)
-    ]
-    results, updated = [], []
-    for i in range(count):
-        particle, stand_in, own = (
-            {name: tensors[i] for name, tensors in group.items()} for group in parts
-        )
-        own = {name: buffer.clone() for name, buffer in own.items()}
-        results.append(run(particle, stand_in, own))
-        updated.append(own)
-    leaves, specs = zip(*(pytree.tree_flatten(result) for result in results), strict=True)
-    stacked = [torch.stack(column) for column in zip(*leaves, strict=True)]
-    new_buffers = {name: torch.stack([own[name] for own in updated]) for name in buffers}
-    return pytree.tree_unflatten(stacked, specs[0]), new_buffers
 
 
 def _plain_attention() -> Any:

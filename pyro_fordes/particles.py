@@ -198,6 +198,19 @@ class Subsample:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What is random in an evaluation, the same for all chunks and processes of a step.
+
+    Attributes:
+        subsamples: what the subsampled plates drew, by plate.
+        seed: what the particles' own random numbers (dropout masks) follow from.
+    """
+
+    subsamples: Mapping[str, Subsample]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The model evaluated at all particles of this process.
 

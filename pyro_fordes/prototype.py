@@ -23,7 +23,7 @@ from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ModelError, NumericalError, describe
-from pyro_fordes._random import preserved_rng
+from pyro_fordes._random import preserved_rng, random_state
 from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import Latent
 from pyro_fordes.sites import enumerated_sites, latent_sites, observed_sites
@@ -41,6 +41,7 @@ class Prototype:
         enumerated: the discrete latent sites, which are summed out.
         max_plate_nesting: how many batch dimensions belong to plates; the sum uses those left of
             them.
+        draws: whether runs draw random numbers beside their sites, as dropout does.
     """
 
     trace: Any
@@ -49,6 +50,7 @@ class Prototype:
     mutated: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     max_plate_nesting: int = 0
+    draws: bool = False
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
@@ -98,6 +100,7 @@ def run_prototype(
             nesting = _plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
             if enumerated:
                 _check_enumeration(model, args, kwargs, enumerated, nesting)
+            draws = _draws(model, args, kwargs, trace)
         now = named_buffers(model)
         # By value: batch_norm's kernel changes its statistics without counting a version.
         statistics = _running_statistics(model)
@@ -124,7 +127,19 @@ def run_prototype(
         mutated,
         enumerated,
         nesting,
+        draws,
     )
+
+
+def _draws(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], trace: Any) -> bool:
+    """Whether a run with the sites of a trace draws random numbers."""
+    cpu, cuda = random_state()
+    with torch.no_grad(), pyro.validation_enabled(False):
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+    cpu_after, cuda_after = random_state()
+    if cuda is not None and cuda_after is not None and not torch.equal(cuda, cuda_after):
+        return True
+    return not torch.equal(cpu, cpu_after)
 
 
 def drawing_plates(trace: Any) -> dict[str, tuple[int, int, Any]]:

@@ -13,6 +13,7 @@ PACKAGE = Path(pyro_fordes.__file__).parent
 ALLOWED = {
     "_checks": set(),
     "_random": set(),
+    "randomness": set(),
     "particles": {"_checks"},
     "optimizers": {"_checks"},
     "bnn": {"_checks"},
@@ -30,8 +31,18 @@ ALLOWED = {
     "transports": {"_checks", "kernels"},
     "arguments": {"_checks"},
     "enumeration": set(),
+    "engines": {"_checks", "_random", "particles", "randomness"},
     "prototype": {"_checks", "_random", "particles", "enumeration", "sites"},
-    "log_joint": {"_checks", "_random", "particles", "arguments", "enumeration", "prototype"},
+    "log_joint": {
+        "_checks",
+        "_random",
+        "particles",
+        "arguments",
+        "enumeration",
+        "engines",
+        "prototype",
+        "randomness",
+    },
     "prediction": {"_checks", "loops", "metrics", "particles", "sites"},
     "io_arviz": {"_checks", "particles", "sites"},
     "forces": {"particles", "kernels", "diagnostics", "spaces", "transports", "log_joint"},
@@ -98,7 +109,7 @@ def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
     tensors_only = ("particles", "bandwidths", "kernels", "lengthscales", "transports")
     others = ("diagnostics", "schedules", "dynamics", "metrics")
-    for name in ("_checks", "_random", *tensors_only, *others):
+    for name in ("_checks", "_random", "randomness", *tensors_only, *others):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or ""] + [a.name for a in node.names]
