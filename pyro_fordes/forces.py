@@ -9,18 +9,20 @@ by the particles, :math:`V` held fixed, is the negative velocity.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from pyro_fordes._random import preserved_rng
 from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.particles import Evaluation, Gather, Values, ravel, unravel
+from pyro_fordes.particles import Call, Draw, Evaluation, Gather, Values, ravel, unravel
 from pyro_fordes.spaces import ScoredSpace, Space, Weights
 from pyro_fordes.transports import Repulsion, Transport
 
@@ -83,8 +85,13 @@ def compute_forces(
     rule: Rule,
     *,
     measure: bool,
+    chunk_size: int | None = None,
 ) -> Forces:
     """Evaluate the model at the particles and differentiate.
+
+    In chunks, no more than one chunk's graph is held at a time. Where particles are compared by
+    what the model computes, it takes two rounds: the first keeps representations only, the second
+    runs each chunk again (with the same random numbers) and goes back through it.
 
     Args:
         log_joint: the model's log joint.
@@ -95,43 +102,214 @@ def compute_forces(
         rule: space, kernel, transport and scales.
         measure: whether to differentiate the two forces apart (one more backward pass) and
             return diagnostics.
+        chunk_size: how many particles are evaluated at a time; None for all.
     """
     space, repulsive = rule.space, rule.transport.repulsive and rule.step % rule.every == 0
-    evaluation = evaluate_in(
-        space if repulsive else None, log_joint, particles, buffers, args, kwargs
+    count = len(next(iter(particles.values())))
+    rounds = Rounds(
+        log_joint,
+        particles,
+        buffers,
+        args,
+        kwargs,
+        log_joint.draw(args, kwargs),
+        space if repulsive else None,
+        rule.gather.rows.start or 0,
     )
-    leaves = list(particles.values())
-    drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
-    shared = _shared_gradients(evaluation, rule.num_data)
+    chunks = rounds.chunks(chunk_size)
+    repulsion = last = None
+    if repulsive and not isinstance(space, Weights):
+        repulsion, last = _compare(rounds, chunks, rule)
+    driving = [_Rows(value) for value in particles.values()]
+    repelling = [_Rows(value) for value in particles.values()] if measure and repulsion else []
+    shared_gradients: dict[str, Tensor] = {}
+    parts: list[Evaluation] = []
+    for rows in reversed(chunks):  # the graph of the last one may be there already
+        evaluation = last or rounds.evaluate(rows)
+        last = None
+        drive = -(evaluation.log_density / rule.temperature + evaluation.log_det).sum()
+        for name, gradient in _shared_gradients(evaluation, rule.num_data * count).items():
+            shared_gradients[name] = shared_gradients.get(name, 0) + gradient
+        leaves = list(evaluation.values.values())
+        if repulsion is None:
+            _put(driving, rows, _gradients(drive, leaves, retain=False))
+        else:
+            drive, repel = _potentials(rule, repulsion, evaluation, drive, rows)
+            if measure:
+                _put(driving, rows, _gradients(drive, leaves, retain=True))
+                _put(repelling, rows, _gradients(repel, leaves, retain=False))
+            else:
+                _put(driving, rows, _gradients(drive + repel, leaves, retain=False))
+        parts.insert(0, _without_graph(evaluation))
+    evaluation = _joined(parts, particles)
+    drives = [part.tensor for part in driving]
+    repels = [part.tensor for part in repelling]
+    seen = None if repulsion is None else _seen(repulsion)
     if repulsive and isinstance(space, Weights):
-        driving, repelling, seen = _in_weight_space(space, evaluation, drive, leaves, rule, measure)
-    elif repulsive:
-        representation = space.represent(evaluation)
-        everyone = rule.gather(representation.detach())
-        scores = None
-        if rule.transport.uses_scores:
-            scored = cast("ScoredSpace", space)
-            scores = rule.gather(scored.scores(evaluation) / rule.temperature)
-        repulsion = rule.transport.repel(
-            rule.kernel, everyone, rule.gather.rows, rule.step, scores=scores
+        drives, repels, seen = _in_weight_space(space, particles, drives, rule, measure)
+    gradients = _sum(drives, repels, rule.num_data)
+    diagnostics = _measure(rule, evaluation, seen, drives, repels) if measure else None
+    named = dict(zip(particles, gradients, strict=True))
+    return Forces(evaluation, named, shared_gradients, diagnostics)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Evaluates chunks of particles, any number of times with the same random numbers.
+
+    Attributes:
+        log_joint: the model's log joint.
+        particles: unconstrained values.
+        buffers: per-particle buffers of the model; not changed.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        draw: the random numbers.
+        space: what to capture for; None captures nothing.
+        first: index of the first particle among those of all processes.
+    """
+
+    log_joint: LogJoint
+    particles: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    args: tuple
+    kwargs: Mapping[str, Any]
+    draw: Draw
+    space: Space | None = None
+    first: int = 0
+
+    def chunks(self, size: int | None) -> list[slice]:
+        """Slices of so many particles; None for all."""
+        count = len(next(iter(self.particles.values())))
+        size = count if size is None else min(size, count)
+        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+    def evaluate(self, rows: slice, *, graph: bool = True) -> Evaluation:
+        """Evaluate some particles, with the graph that leads back to their values or without."""
+        values = self.particles
+        if not graph or rows != self.chunks(None)[0]:
+            values = {name: value.detach()[rows] for name, value in values.items()}
+        if graph:
+            values = {name: value.requires_grad_() for name, value in values.items()}
+        return evaluate_in(
+            self.space,
+            self.log_joint,
+            values,
+            {name: buffer[rows] for name, buffer in self.buffers.items()},
+            self.args,
+            self.kwargs,
+            draw=self.draw,
+            first=self.first + rows.start,
+            template={name: value.detach()[:1] for name, value in self.particles.items()},
         )
-        if repulsion.driving is not None:
-            likelihood = cast("ScoredSpace", space).likelihood(evaluation)
-            smoothed = (repulsion.driving * representation).sum()
-            drive = _own_prior(evaluation, likelihood, repulsion, rule) - smoothed
-        repel = -rule.strength * (repulsion.velocity * representation).sum()
-        if not measure:
-            gradients = _gradients((drive + repel) / rule.num_data, leaves, retain=False)
-            named = dict(zip(particles, gradients, strict=True))
-            return Forces(evaluation, named, shared, None)
-        driving = _gradients(drive, leaves, retain=True)
-        repelling = _gradients(repel, leaves, retain=False)
-        seen = _seen(repulsion)
-    else:
-        driving, repelling, seen = _gradients(drive, leaves, retain=False), [], None
-    gradients = _sum(driving, repelling, rule.num_data)
-    diagnostics = _measure(rule, evaluation, seen, driving, repelling) if measure else None
-    return Forces(evaluation, dict(zip(particles, gradients, strict=True)), shared, diagnostics)
+
+
+def evaluate_all(
+    rounds: Rounds, chunk_size: int | None, capture: Callable[[Call], Any] | None = None
+) -> Evaluation:
+    """The model at all particles without a graph, a chunk at a time.
+
+    Args:
+        rounds: the model and its particles.
+        chunk_size: how many particles at a time; None for all.
+        capture: function of a particle's `Call` that returns a tree of tensors.
+    """
+    parts = [
+        rounds.log_joint.evaluate(
+            {name: value.detach()[rows] for name, value in rounds.particles.items()},
+            rounds.args,
+            rounds.kwargs,
+            capture=capture,
+            buffers={name: buffer[rows] for name, buffer in rounds.buffers.items()},
+            draw=rounds.draw,
+            first=rounds.first + rows.start,
+        )
+        for rows in rounds.chunks(chunk_size)
+    ]
+    return _joined(parts, rounds.particles)
+
+
+class _Rows:
+    """A gradient that is filled chunk by chunk; a single chunk's is taken as it is."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.tensor: Tensor = like
+
+    def put(self, rows: slice, part: Tensor) -> None:
+        if len(part) == len(self.like):
+            self.tensor = part
+            return
+        if self.tensor is self.like:
+            self.tensor = torch.empty_like(self.like, requires_grad=False)
+        self.tensor[rows] = part
+
+
+def _put(gradients: list[_Rows], rows: slice, parts: list[Tensor]) -> None:
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.put(rows, part)
+
+
+def _compare(rounds: Rounds, chunks: list[slice], rule: Rule) -> tuple[Repulsion, Evaluation]:
+    """What the transport makes of all representations, and the last chunk with its graph."""
+    space = rule.space
+    representations, scores = [], []
+    for rows in chunks:
+        last = rows == chunks[-1]
+        evaluation = rounds.evaluate(rows, graph=last)
+        with torch.enable_grad() if last else torch.no_grad():
+            representations.append(space.represent(evaluation))
+        if rule.transport.uses_scores:
+            scores.append(cast("ScoredSpace", space).scores(evaluation).detach())
+    everyone = rule.gather(torch.cat([r.detach() for r in representations]))
+    gathered = rule.gather(torch.cat(scores) / rule.temperature) if scores else None
+    repulsion = rule.transport.repel(
+        rule.kernel, everyone, rule.gather.rows, rule.step, scores=gathered
+    )
+    return repulsion, replace(evaluation, representation=representations[-1])
+
+
+def _potentials(
+    rule: Rule, repulsion: Repulsion, evaluation: Evaluation, drive: Tensor, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Two numbers whose gradients by a chunk's values are the negative forces."""
+    representation = evaluation.representation
+    if representation is None:
+        representation = rule.space.represent(evaluation)
+    if repulsion.driving is not None:
+        likelihood = cast("ScoredSpace", rule.space).likelihood(evaluation)
+        smoothed = (repulsion.driving[rows] * representation).sum()
+        drive = _own_prior(evaluation, likelihood, repulsion, rule, rows) - smoothed
+    return drive, -rule.strength * (repulsion.velocity[rows] * representation).sum()
+
+
+def _without_graph(evaluation: Evaluation) -> Evaluation:
+    """What is left of an evaluation after the backward pass."""
+    return replace(
+        evaluation,
+        values={},
+        log_density=evaluation.log_density.detach(),
+        log_det=evaluation.log_det.detach(),
+        captured=(),
+        inputs={},
+        representation=None,
+    )
+
+
+def _joined(parts: list[Evaluation], particles: Values) -> Evaluation:
+    """The evaluation of all particles from those of chunks."""
+    if len(parts) == 1:
+        return replace(parts[0], values=particles)
+    return replace(
+        parts[0],
+        values=particles,
+        log_density=torch.cat([part.log_density for part in parts]),
+        log_det=torch.cat([part.log_det for part in parts]),
+        captured=pytree.tree_map(lambda *t: torch.cat(t), *(part.captured for part in parts)),
+        buffers={
+            name: torch.cat([part.buffers[name] for part in parts]) for name in parts[0].buffers
+        },
+        shared={name: tensor for part in parts for name, tensor in part.shared.items()},
+    )
 
 
 def evaluate_in(
@@ -141,6 +319,10 @@ def evaluate_in(
     buffers: Values,
     args: tuple,
     kwargs: Mapping[str, Any],
+    *,
+    draw: Draw | None = None,
+    first: int = 0,
+    template: Values | None = None,
 ) -> Evaluation:
     """Evaluate the model, and capture what a space compares (None: nothing).
 
@@ -151,9 +333,13 @@ def evaluate_in(
         buffers: per-particle buffers of the model; not changed.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
+        draw: random numbers; None draws.
+        first: index of the first of these particles among all.
+        template: see ``LogJoint.replay``.
     """
+    draw = log_joint.draw(args, kwargs) if draw is None else draw
     if space is None:
-        return log_joint.evaluate(values, args, kwargs, buffers=buffers)
+        return log_joint.evaluate(values, args, kwargs, buffers=buffers, draw=draw, first=first)
     extra = space.extra()
     evaluation = log_joint.evaluate(
         values,
@@ -163,45 +349,57 @@ def evaluate_in(
         submodules=space.submodules if extra is None else (),
         input=space.input,
         buffers=buffers,
+        draw=draw,
+        first=first,
     )
     if extra is None:
         return evaluation
-    captured = log_joint.replay(
-        values,
-        *extra,
-        log_joint.prototype(args, kwargs).latents,
-        capture=space.capture,
-        submodules=space.submodules,
-        buffers=buffers,
-    )
+    with preserved_rng():
+        torch.manual_seed(draw.seed)
+        captured = log_joint.replay(
+            values,
+            *extra,
+            log_joint.prototype(args, kwargs).latents,
+            capture=space.capture,
+            submodules=space.submodules,
+            buffers=buffers,
+            template=template,
+        )
     return replace(evaluation, captured=captured)
 
 
 def _own_prior(
-    evaluation: Evaluation, likelihood: Tensor, repulsion: Repulsion, rule: Rule
+    evaluation: Evaluation, likelihood: Tensor, repulsion: Repulsion, rule: Rule, rows: slice
 ) -> Tensor:
     """Minus the log prior, where the transport smooths the likelihood in another space.
 
     The prior is not known as a function of the representation. It acts on its particle alone, with
     the mean weight that the kernel gives the particle's likelihood.
     """
-    weight = repulsion.kernel.mean.mean(0)[rule.gather.rows].detach()
+    weight = repulsion.kernel.mean.mean(0)[rule.gather.rows][rows].detach()
     prior = (evaluation.log_density - likelihood) / rule.temperature + evaluation.log_det
     return -(weight * prior).sum()
 
 
-def compute_scores(evaluation: Evaluation) -> dict[str, Tensor]:
-    """Gradient of the log joint by each site's unconstrained values, ``(particle, *shape)``."""
-    leaves = list(evaluation.values.values())
-    gradients = _gradients(evaluation.log_joint.sum(), leaves, retain=False)
-    return dict(zip(evaluation.values, gradients, strict=True))
+def compute_scores(rounds: Rounds, chunk_size: int | None) -> dict[str, Tensor]:
+    """Gradient of the log joint by each site's unconstrained values, ``(particle, *shape)``.
+
+    Args:
+        rounds: the model and its particles.
+        chunk_size: how many particles at a time; None for all.
+    """
+    scores = [_Rows(value) for value in rounds.particles.values()]
+    for rows in rounds.chunks(chunk_size):
+        evaluation = rounds.evaluate(rows)
+        leaves = list(evaluation.values.values())
+        _put(scores, rows, _gradients(evaluation.log_joint.sum(), leaves, retain=False))
+    return {name: score.tensor for name, score in zip(rounds.particles, scores, strict=True)}
 
 
 def _in_weight_space(
     space: Weights,
-    evaluation: Evaluation,
-    drive: Tensor,
-    leaves: list[Tensor],
+    particles: Values,
+    driving: list[Tensor],
     rule: Rule,
     measure: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -209,15 +407,14 @@ def _in_weight_space(
 
     Nothing has to be pulled back, and each group of values has a kernel of its own.
     """
-    driving = _gradients(drive, leaves, retain=False)
-    named = dict(zip(evaluation.values, driving, strict=True))
-    compared = space.compared(evaluation.values)
+    named = dict(zip(particles, driving, strict=True))
+    compared = space.compared(particles)
     rows = ravel({name: value.detach() for name, value in compared.items()}).unsqueeze(1)
-    everyone = space.split(rule.gather(rows), evaluation.values)
+    everyone = space.split(rule.gather(rows), particles)
     scores: list[Tensor | None] = [None] * len(everyone)
     if rule.transport.uses_scores:
         gradient = ravel({name: named[name] for name in compared}).unsqueeze(1)
-        scores = list(space.split(rule.gather(-gradient), evaluation.values))
+        scores = list(space.split(rule.gather(-gradient), particles))
     pooled = space.group != "coordinate"
     velocities, smoothed = [], []
     seen = rows.new_zeros(3)
@@ -259,15 +456,15 @@ def _sum(driving: list[Tensor], repelling: list[Tensor], num_data: float) -> lis
     return total if num_data == 1 else [gradient / num_data for gradient in total]
 
 
-def _shared_gradients(evaluation: Evaluation, num_data: float) -> dict[str, Tensor]:
-    """Gradient of the mean loss by parameters that all particles share.
+def _shared_gradients(evaluation: Evaluation, divisor: float) -> dict[str, Tensor]:
+    """Gradient of the loss, summed and divided, by parameters that all particles share.
 
     The repulsive force is that of the particles' entropy, which does not depend on them.
     """
     trained = {name: tensor for name, tensor in evaluation.shared.items() if tensor.requires_grad}
     if not trained:
         return {}
-    loss = -evaluation.log_joint.mean() / num_data
+    loss = -evaluation.log_joint.sum() / divisor
     gradients = _gradients(loss, list(trained.values()), retain=True)
     return dict(zip(trained, gradients, strict=True))
 

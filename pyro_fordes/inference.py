@@ -30,7 +30,7 @@ from pyro_fordes._checks import (
 from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
-from pyro_fordes.forces import Forces, compute_scores, evaluate_in
+from pyro_fordes.forces import Forces, Rounds, compute_scores, evaluate_all, evaluate_in
 from pyro_fordes.initial import initial_particles
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
@@ -38,6 +38,8 @@ from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.particles import (
+    Call,
+    Evaluation,
     Gather,
     Latent,
     OneProcess,
@@ -78,6 +80,12 @@ class ParticleInference:
         num_data: divide the velocity by this number, so that learning rates of the
             deep-learning literature apply. None for 1.
         vectorize: ``"vmap"``, ``"loop"`` or ``"auto"``; see `LogJoint`.
+        chunk_size: evaluate so many particles at a time, so that a step holds the activations of
+            one chunk only. Spaces that compare what the model computes (`InputGradients`,
+            `Outputs`, `Features`) then cost one more forward pass per chunk but the last. The
+            numbers do not change. None evaluates all together.
+        randomness: whether dropout and other random numbers in the model are ``"different"`` for
+            each particle or the ``"same"`` for all.
         max_plate_nesting: how many batch dimensions plates use, for models with discrete latent
             sites, which are summed out as Pyro's NUTS does it; None looks at the first run.
         seed: seed of the inference's own random numbers (initial particles, minibatches, dropout).
@@ -118,6 +126,8 @@ class ParticleInference:
         temperature: Schedule = 1.0,
         num_data: int | None = None,
         vectorize: str = "auto",
+        chunk_size: int | None = None,
+        randomness: str = "different",
         max_plate_nesting: int | None = None,
         seed: int | None = None,
         diagnostics_every: int = 50,
@@ -157,6 +167,10 @@ class ParticleInference:
             check_number("num_data", num_data, minimum=0.0, exclusive=True)
         self.num_data = num_data
         check_choice("vectorize", vectorize, ("auto", "vmap", "loop"))
+        self.chunk_size = (
+            None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
+        )
+        check_choice("randomness", randomness, ("different", "same"))
         self.diagnostics_every = check_positive_int("diagnostics_every", diagnostics_every)
         self._gather = gather
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -167,7 +181,7 @@ class ParticleInference:
         self._random = RandomStream(seed)
         if max_plate_nesting not in (None, 0):
             check_positive_int("max_plate_nesting", max_plate_nesting)
-        self._log_joint = LogJoint(model, vectorize, max_plate_nesting)
+        self._log_joint = LogJoint(model, vectorize, max_plate_nesting, randomness)
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -258,6 +272,18 @@ class ParticleInference:
         """
         return update(self, args, kwargs).item()
 
+    def _rounds(self, args: tuple, kwargs: Mapping[str, Any]) -> Rounds:
+        """Evaluations of the particles on some arguments, with random numbers of their own."""
+        draw, first = self._log_joint.draw(args, kwargs), self._gather.rows.start or 0
+        particles, buffers = self._particles, self._buffers
+        return Rounds(self._log_joint, particles, buffers, args, kwargs, draw, first=first)
+
+    def _evaluate(
+        self, args: tuple, kwargs: Mapping[str, Any], capture: Callable[[Call], Any] | None = None
+    ) -> Evaluation:
+        """The model at all particles, without a graph."""
+        return evaluate_all(self._rounds(args, kwargs), self.chunk_size, capture)
+
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss that `step` would return, without an update.
@@ -272,9 +298,7 @@ class ParticleInference:
         with torch.enable_grad():
             self.setup(*args, **kwargs)
         with self._random.active():
-            evaluation = self._log_joint.evaluate(
-                self._particles, args, kwargs, buffers=self._buffers
-            )
+            evaluation = self._evaluate(args, kwargs)
         return -evaluation.log_joint.mean().item()
 
     def run(
@@ -515,10 +539,7 @@ class ParticleInference:
                 f"{list(summed)} are summed out; log_joint(...) gives that of all"
             )
         with preserved_rng():
-            evaluation = self._log_joint.evaluate(
-                self._particles, args, kwargs, capture=pointwise_log_prob, buffers=self._buffers
-            )
-        return evaluation.captured
+            return self._evaluate(args, kwargs, pointwise_log_prob).captured
 
     @torch.no_grad()
     def log_joint(self, *args: Any, **kwargs: Any) -> Float[Tensor, " particle"]:
@@ -531,10 +552,7 @@ class ParticleInference:
         with torch.enable_grad():
             self.setup(*args, **kwargs)
         with preserved_rng():
-            evaluation = self._log_joint.evaluate(
-                self._particles, args, kwargs, buffers=self._buffers
-            )
-        return evaluation.log_joint
+            return self._evaluate(args, kwargs).log_joint
 
     @torch.enable_grad()
     def scores(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -552,10 +570,7 @@ class ParticleInference:
         """
         self.setup(*args, **kwargs)
         with preserved_rng():
-            evaluation = self._log_joint.evaluate(
-                self._particles, args, kwargs, buffers=self._buffers
-            )
-        return compute_scores(evaluation)
+            return compute_scores(self._rounds(args, kwargs), self.chunk_size)
 
     @torch.enable_grad()
     def representation(

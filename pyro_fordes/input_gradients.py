@@ -164,7 +164,9 @@ class InputGradients:
         gradients = []
         for output, values in zip(self.outputs, evaluation.captured, strict=True):
             rows = _rows_of(values, x, evaluation, output)
-            for column in values.unbind(-1):
+            with torch.enable_grad():  # gradients are asked for without a graph of their own, too
+                columns = values.unbind(-1)
+            for column in columns:
                 g = _gradient(column, x, output, str(self.input))
                 g = g.reshape(*g.shape[:2], -1)  # an input of one axis has one feature
                 gradients.append(g if rows is None else g.index_select(1, rows))
@@ -187,8 +189,9 @@ def _gradient(column: Tensor, x: Tensor, output: Output, name: str) -> Tensor:
     gradient = None
     if column.requires_grad:
         (gradient,) = torch.autograd.grad(
-            column.sum(),
+            column,
             x,
+            torch.ones_like(column),
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
             retain_graph=True,

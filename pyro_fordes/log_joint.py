@@ -340,6 +340,7 @@ class LogJoint:
         buffers: Values | None = None,
         draw: bool = False,
         chunk_size: int | None = None,
+        template: Values | None = None,
     ) -> Any:
         """What ``capture`` keeps of each particle's run on arguments without observations.
 
@@ -357,6 +358,8 @@ class LogJoint:
                 most distributions cannot draw under vmap. If not, they are drawn once, as the first
                 particle has them.
             chunk_size: how many particles are run at a time; None for all.
+            template: values of the particle that counts as the first, with a particle axis; None
+                for that of ``values``.
 
         Returns:
             The tree, with a leading particle axis.
@@ -365,7 +368,7 @@ class LogJoint:
             ModelError: if the model cannot be run with these arguments.
         """
         self.arguments.check(args, kwargs)
-        first, _ = _constrain({name: value[0] for name, value in values.items()}, latents)
+        first, _ = _constrain({n: value[0] for n, value in (template or values).items()}, latents)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
         with torch.no_grad(), pyro.validation_enabled(False), _Replay(first, {}):
             trace = self._trace(own, args, kwargs)

@@ -223,6 +223,7 @@ class Evaluation:
         subsamples: what the subsampled plates drew, by plate.
         buffers: module buffers after the run, ``(particle, *shape)`` each.
         shared: the unconstrained parameters that the model read, which all particles share.
+        representation: the representation of the particles, where it is known already.
     """
 
     values: Values
@@ -233,6 +234,7 @@ class Evaluation:
     subsamples: Mapping[str, Subsample]
     buffers: Values
     shared: Mapping[str, Tensor]
+    representation: Float[Tensor, "particle point feature"] | None = None
 
     @property
     def log_joint(self) -> Float[Tensor, " particle"]:

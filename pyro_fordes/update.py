@@ -58,6 +58,7 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         kwargs,
         rule,
         measure=measure,
+        chunk_size=inference.chunk_size,
     )
 
 
