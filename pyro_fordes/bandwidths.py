@@ -162,7 +162,7 @@ class Fixed:
     ) -> Float[Tensor, "point 1 #particle"]:
         """The value, as one bandwidth per point."""
         value = at_step("Fixed(value=...)", self.value, step, exclusive=True)
-        return distances.new_full((len(distances), 1, 1), value)
+        return value * distances.new_ones((len(distances), 1, 1))
 
 
 @dataclass(frozen=True)

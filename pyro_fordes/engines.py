@@ -71,7 +71,7 @@ class Engine:
         try:
             with pyro.validation_enabled(False), outside:
                 if engine == "loop":
-                    return _loop(_drawing(run), values, inputs, stacked, seeds, len(first))
+                    return _loop(_drawing(run), values, inputs, stacked, seeds, draws, len(first))
                 if draws is not None:  # for functions that know no streams
                     torch.manual_seed(draws.seed)
                 results = torch.func.vmap(_drawing(run), randomness=self.randomness)(
@@ -136,6 +136,7 @@ def _loop(
     inputs: Values,
     buffers: Values,
     seeds: Values,
+    draws: Draws | None,
     count: int,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run one particle after the other and stack the results, as vmap would."""
@@ -144,14 +145,15 @@ def _loop(
         {name: tensor.unbind(0) for name, tensor in group.items()}
         for group in (values, inputs, buffers, seeds)
     ]
+    numbers = [] if draws is None else draws.numbers(count)
     results, updated = [], []
     for i in range(count):
         particle, stand_in, own, seed = (
             {name: tensors[i] for name, tensors in group.items()} for group in parts
         )
         own = {name: buffer.clone() for name, buffer in own.items()}
-        if seed:  # for functions that know no streams
-            torch.manual_seed(int(seed["seed"]))
+        if draws is not None:  # for functions that know no streams
+            torch.manual_seed(numbers[i])
         results.append(run(particle, stand_in, own, seed))
         updated.append(own)
     leaves, specs = zip(*(pytree.tree_flatten(result) for result in results), strict=True)

@@ -41,20 +41,22 @@ class Rule:
         every: particles are compared at every so many-th step, and repel so many times as hard.
         num_data: what the velocity is divided by.
         step: the step, for schedules.
+        repulsive: whether particles are compared at this step.
     """
 
     space: Space
     kernel: Kernel
     transport: Transport
     gather: Gather
-    temperature: float
-    repulsion_scale: float
+    temperature: float | Tensor
+    repulsion_scale: float | Tensor
     every: int
     num_data: float
     step: int
+    repulsive: bool
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> float | Tensor:
         """Factor of the repulsive force at a step at which particles are compared."""
         return self.every * self.repulsion_scale
 
@@ -86,6 +88,7 @@ def compute_forces(
     *,
     measure: bool,
     chunk_size: int | None = None,
+    draw: Draw | None = None,
 ) -> Forces:
     """Evaluate the model at the particles and differentiate.
 
@@ -103,8 +106,9 @@ def compute_forces(
         measure: whether to differentiate the two forces apart (one more backward pass) and
             return diagnostics.
         chunk_size: how many particles are evaluated at a time; None for all.
+        draw: random numbers of the step; None draws.
     """
-    space, repulsive = rule.space, rule.transport.repulsive and rule.step % rule.every == 0
+    space, repulsive = rule.space, rule.repulsive
     count = len(next(iter(particles.values())))
     rounds = Rounds(
         log_joint,
@@ -112,7 +116,7 @@ def compute_forces(
         buffers,
         args,
         kwargs,
-        log_joint.draw(args, kwargs),
+        log_joint.draw(args, kwargs) if draw is None else draw,
         space if repulsive else None,
         rule.gather.rows.start or 0,
     )

@@ -30,6 +30,7 @@ from pyro_fordes._checks import (
 from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
+from pyro_fordes.compiled import CompiledForces
 from pyro_fordes.forces import Forces, Rounds, compute_scores, evaluate_all, evaluate_in
 from pyro_fordes.initial import initial_particles
 from pyro_fordes.input_gradients import InputGradients
@@ -86,6 +87,12 @@ class ParticleInference:
             numbers do not change. None evaluates all together.
         randomness: whether dropout and other random numbers in the model are ``"different"`` for
             each particle or the ``"same"`` for all.
+        compile: trace each kind of step (model, both backward passes, kernel) to one graph and
+            compile it with Inductor. The first step takes half a minute or longer, and so does the
+            first with arguments of another shape. Steps whose forces are measured apart (see
+            ``diagnostics_every``) are not compiled. What the model computes in Python (a counter,
+            an attribute that changes) is frozen at the first step; a model that cannot be traced
+            runs as it is, with a warning.
         max_plate_nesting: how many batch dimensions plates use, for models with discrete latent
             sites, which are summed out as Pyro's NUTS does it; None looks at the first run.
         seed: seed of the inference's own random numbers (initial particles, minibatches, dropout).
@@ -128,6 +135,7 @@ class ParticleInference:
         vectorize: str = "auto",
         chunk_size: int | None = None,
         randomness: str = "different",
+        compile: bool = False,
         max_plate_nesting: int | None = None,
         seed: int | None = None,
         diagnostics_every: int = 50,
@@ -181,6 +189,15 @@ class ParticleInference:
         self._random = RandomStream(seed)
         if max_plate_nesting not in (None, 0):
             check_positive_int("max_plate_nesting", max_plate_nesting)
+        if not isinstance(compile, bool):
+            raise ArgumentError(f"compile must be True or False, got {compile!r}")
+        if compile and (chunk_size is not None or gather != OneProcess()):
+            raise ArgumentError(
+                f"compile=True makes one graph of a step of all particles in one process, which "
+                f"chunk_size={chunk_size} or gather={gather!r} would cut; leave one of them out"
+            )
+        self.compile = compile
+        self._compiled = CompiledForces() if compile else None
         self._log_joint = LogJoint(model, vectorize, max_plate_nesting, randomness)
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}

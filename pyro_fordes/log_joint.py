@@ -242,6 +242,10 @@ class LogJoint:
             name: torch.func.vmap(latents[name].transform)(value) for name, value in values.items()
         }
 
+    def seeds(self, draw: Draw, count: int) -> Tensor:
+        """Seeds of all particles, as they follow from a draw."""
+        return Draws(draw.seed, 0, self.randomness == "same").seeds(count)
+
     def draw(self, args: tuple, kwargs: Mapping[str, Any]) -> Draw:
         """Minibatches of the subsampled plates and a seed, from the global generator."""
         subsamples = {
@@ -282,7 +286,9 @@ class LogJoint:
         """
         prototype = self.prototype(args, kwargs)
         draw = self.draw(args, kwargs) if draw is None else draw
-        draws = Draws(draw.seed, first, self.randomness == "same") if prototype.draws else None
+        draws = None
+        if prototype.draws:
+            draws = Draws(draw.seed, first, self.randomness == "same", draw.seeds)
         _check_values(values, prototype.latents)
         count = len(next(iter(values.values())))
         inputs, place = {}, None

@@ -46,6 +46,8 @@ def at_step(
     """
     if not callable(schedule):
         return check_number(name, schedule, minimum=minimum, exclusive=exclusive)
+    if isinstance(step, OpenStep):
+        return step.value(name, schedule, minimum, exclusive)
     try:
         value = schedule(step)
     except Exception as error:
@@ -55,6 +57,51 @@ def at_step(
         ) from error
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return check_number(f"{name}({step})", value, minimum=minimum, exclusive=exclusive)
+
+
+class OpenStep(int):
+    """A step that is not known yet: what depends on it stays open while a step is traced.
+
+    Schedules that `at_step` reads get a tensor in the place of their value. Any other use of the
+    number would freeze it, and is refused.
+    """
+
+    schedules: list[Callable[[int], float]]
+    _like: Tensor
+    _values: list[Tensor] | None
+
+    def __new__(cls, like: Tensor, values: list[Tensor] | None = None) -> "OpenStep":
+        """Make one.
+
+        Args:
+            like: a tensor of the type and on the device that values of schedules shall have.
+            values: the tensors to give, in the order in which schedules are read; None gives ones.
+        """
+        step = super().__new__(cls, 0)
+        step._like, step._values, step.schedules = like, values, []
+        return step
+
+    def value(self, name: str, schedule: Any, minimum: float, exclusive: bool) -> Any:
+        """A tensor for the schedule's value."""
+
+        def at(step: int) -> float:
+            return at_step(name, schedule, step, minimum=minimum, exclusive=exclusive)
+
+        self.schedules.append(at)
+        if self._values is None:
+            return self._like.new_ones(())
+        return self._values[len(self.schedules) - 1]
+
+    def _frozen(self, *_: Any) -> Any:
+        raise TypeError(
+            "a number that depends on the step is computed where it cannot be traced; make it a "
+            "schedule that is read with pyro_fordes.particles.at_step"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __mod__ = _frozen
+    __rtruediv__ = __floordiv__ = __pow__ = __rpow__ = __neg__ = __abs__ = _frozen
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = __float__ = __index__ = _frozen
+    __int__ = __hash__ = _frozen
 
 
 def ravel(values: Values) -> Float[Tensor, "particle param"]:
@@ -204,10 +251,12 @@ class Draw:
     Attributes:
         subsamples: what the subsampled plates drew, by plate.
         seed: what the particles' own random numbers (dropout masks) follow from.
+        seeds: seeds of the particles in place of those that follow from it, while a step is traced.
     """
 
     subsamples: Mapping[str, Subsample]
     seed: int
+    seeds: Int[Tensor, " particle"] | None = None
 
 
 @dataclass(frozen=True)

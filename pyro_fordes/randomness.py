@@ -68,6 +68,7 @@ class Draws:
         seed: the evaluation's seed.
         first: index of the first particle here among all.
         same: whether all particles draw the same numbers.
+        given: seeds of the particles, where they are inputs of a graph that is traced.
 
     Example:
         >>> draws = Draws(0)
@@ -81,11 +82,16 @@ class Draws:
     seed: int
     first: int = 0
     same: bool = False
+    given: Tensor | None = None
+
+    def numbers(self, count: int) -> list[int]:
+        """Seeds of so many particles."""
+        indices = [0] * count if self.same else range(self.first, self.first + count)
+        return [mixed(self.seed, index) for index in indices]
 
     def seeds(self, count: int) -> Tensor:
-        """Seeds of so many particles, on the CPU."""
-        numbers = [0] * count if self.same else range(self.first, self.first + count)
-        return torch.tensor([mixed(self.seed, number) for number in numbers])
+        """Seeds of so many particles as a tensor on the CPU."""
+        return torch.tensor(self.numbers(count)) if self.given is None else self.given
 
     @staticmethod
     def stream(seed: Tensor) -> "Stream":

@@ -49,8 +49,12 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         every=inference.repulsion_every,
         num_data=1.0 if inference.num_data is None else float(inference.num_data),
         step=inference._step,
+        repulsive=(
+            inference.transport.repulsive and inference._step % inference.repulsion_every == 0
+        ),
     )
-    return compute_forces(
+    compute = compute_forces if inference._compiled is None else inference._compiled
+    return compute(
         inference._log_joint,
         inference._particles,
         inference._buffers,
