@@ -28,7 +28,7 @@ class _CentredNormal(dist.Normal):
     @classmethod
     def of(cls, scale: float, anchor: Tensor) -> "_CentredNormal":
         """On the device and dtype of a tensor."""
-        made = cls(anchor.new_zeros(()), anchor.new_tensor(scale), validate_args=False)
+        made = cls(anchor.new_zeros(()), anchor.new_full((), scale), validate_args=False)
         made._sd = scale
         return made
 
@@ -43,7 +43,7 @@ class _CentredNormal(dist.Normal):
         if value.shape[value.dim() - len(self.batch_shape) :] != self.batch_shape:
             return super().log_prob(value)
         z = value / self._sd if self._sd != 1 else value
-        constant = z.new_tensor(-math.log(self._sd) - math.log(2 * math.pi) / 2)
+        constant = z.new_full((), -math.log(self._sd) - math.log(2 * math.pi) / 2)
         return torch.addcmul(constant, z, z, value=-0.5)
 
 

@@ -125,14 +125,16 @@ class _Step:
         like = next(iter(self.particles.values()))
         leaves = pytree.tree_flatten((self.args, dict(self.kwargs)))[0]
         rule = self.rule
-        numbers = [rule.temperature, rule.repulsion_scale, *(at(step) for at in schedules)]
+        draws = self.log_joint.prototype(self.args, self.kwargs).draws
+        numbers: list[Any] = [rule.temperature, rule.repulsion_scale, *(at(step) for at in schedules)]
         return {
             "particles": {name: value.detach() for name, value in self.particles.items()},
             "buffers": dict(self.buffers),
             "arguments": [leaf for leaf in leaves if isinstance(leaf, Tensor)],
             "indices": {name: drawn.indices for name, drawn in self.draw.subsamples.items()},
-            "seeds": self.log_joint.seeds(self.draw, len(like)),
-            "numbers": [like.new_tensor(number) for number in numbers],
+            "seeds": self.log_joint.seeds(self.draw, len(like)) if draws else None,
+            # Filled where they are: a copy to a GPU would wait for it.
+            "numbers": [like.new_full((), number) for number in numbers],
         }
 
     def trace(self, inputs: dict[str, Any], step: OpenStep) -> Forces:

@@ -447,7 +447,7 @@ def _seen(repulsion: Repulsion) -> Float[Tensor, "3"]:
     kernel = repulsion.kernel
     return torch.stack(
         [
-            kernel.value.new_tensor(len(kernel.value)),
+            kernel.value.new_full((), len(kernel.value)),
             len(kernel.value) / effective_particles(kernel.mean),
             len(kernel.value) * kernel.bandwidth.mean(),
         ]
@@ -495,7 +495,7 @@ def _measure(
     drive = _norms(driving)
     # On average over steps.
     repel = _norms(repelling) / rule.every if repelling else torch.zeros_like(drive)
-    effective = bandwidth = drive.new_tensor(math.nan)
+    effective = bandwidth = drive.new_full((), math.nan)
     if seen is not None:
         number, inverse, width = seen
         effective, bandwidth = number / inverse, width / number

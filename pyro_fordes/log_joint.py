@@ -320,7 +320,7 @@ class LogJoint:
                 if site["type"] == "param" and name not in self._frozen:
                     shared[name] = _parameter(name, site["value"], own_parameters)
             if not isinstance(log_density, Tensor):
-                log_density = log_det.new_tensor(log_density)
+                log_density = log_det.new_full((), log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
             return log_density, log_det, captured
 
