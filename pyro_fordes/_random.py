@@ -91,6 +91,15 @@ class RandomStream:
         self._state: tuple[Tensor, Tensor | None] | None = None
         self._seed = seed
 
+    @property
+    def place(self) -> tuple[Tensor, Tensor | None] | None:
+        """The place in the stream, which can be set; None at its start."""
+        return self._state
+
+    @place.setter
+    def place(self, place: tuple[Tensor, Tensor | None] | None) -> None:
+        self._state = place
+
     def state_dict(self) -> dict[str, Any]:
         """The seed and the generators' states."""
         cpu, cuda = self._state or (None, None)

@@ -151,6 +151,9 @@ class _Step:
         particles = {
             name: value.detach().requires_grad_() for name, value in inputs["particles"].items()
         }
+        rule = replace(
+            self.rule, temperature=temperature, repulsion_scale=scale, step=step, static=True
+        )
         with torch.enable_grad():
             return compute_forces(
                 self.log_joint,
@@ -158,7 +161,7 @@ class _Step:
                 inputs["buffers"],
                 args,
                 kwargs,
-                replace(self.rule, temperature=temperature, repulsion_scale=scale, step=step),
+                rule,
                 measure=False,
                 draw=Draw(subsamples, self.draw.seed, inputs["seeds"]),
             )
@@ -181,6 +184,7 @@ class _Step:
                 dict(evaluation.buffers),
                 forces.gradients,
                 forces.shared_gradients,
+                () if forces.compared is None else (forces.compared,),
             )
             return pytree.tree_map(torch.detach, tree)
 
@@ -198,7 +202,7 @@ class _Step:
             tree = graph.run(*leaves)
             if leaves[0].device.type == "cuda":  # memory that the next step's graph writes to
                 tree = pytree.tree_map(torch.clone, tree)
-        log_density, log_det, buffers, gradients, shared_gradients = tree
+        log_density, log_det, buffers, gradients, shared_gradients, compared = tree
         evaluation = Evaluation(
             self.particles,
             log_density,
@@ -209,4 +213,4 @@ class _Step:
             buffers,
             graph.shared,
         )
-        return Forces(evaluation, gradients, shared_gradients, None)
+        return Forces(evaluation, gradients, shared_gradients, None, *compared)

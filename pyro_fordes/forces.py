@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.diagnostics import effective_particles
+from pyro_fordes.finite import finite_particles, repel_finite
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Call, Draw, Evaluation, Gather, Values, ravel, unravel
@@ -42,6 +43,7 @@ class Rule:
         num_data: what the velocity is divided by.
         step: the step, for schedules.
         repulsive: whether particles are compared at this step.
+        static: whether shapes must not follow from values; see `repel_finite`.
     """
 
     space: Space
@@ -54,6 +56,7 @@ class Rule:
     num_data: float
     step: int
     repulsive: bool
+    static: bool = False
 
     @property
     def strength(self) -> float | Tensor:
@@ -70,12 +73,14 @@ class Forces:
         gradients: negative velocity of each site, ``(particle, *shape)``.
         shared_gradients: gradients of parameters that all particles share.
         diagnostics: what was measured, None if it was not asked for.
+        compared: which particles could be compared; None for all.
     """
 
     evaluation: Evaluation
     gradients: dict[str, Tensor]
     shared_gradients: dict[str, Tensor]
     diagnostics: dict[str, Any] | None
+    compared: Bool[Tensor, " particle"] | None = None
 
 
 def compute_forces(
@@ -149,12 +154,13 @@ def compute_forces(
     drives = [part.tensor for part in driving]
     repels = [part.tensor for part in repelling]
     seen = None if repulsion is None else _seen(repulsion)
+    finite = None if repulsion is None else repulsion.finite
     if repulsive and isinstance(space, Weights):
-        drives, repels, seen = _in_weight_space(space, particles, drives, rule, measure)
+        drives, repels, seen, finite = _in_weight_space(space, particles, drives, rule, measure)
     gradients = _sum(drives, repels, rule.num_data)
     diagnostics = _measure(rule, evaluation, seen, drives, repels) if measure else None
     named = dict(zip(particles, gradients, strict=True))
-    return Forces(evaluation, named, shared_gradients, diagnostics)
+    return Forces(evaluation, named, shared_gradients, diagnostics, finite)
 
 
 @dataclass(frozen=True)
@@ -266,8 +272,15 @@ def _compare(rounds: Rounds, chunks: list[slice], rule: Rule) -> tuple[Repulsion
             scores.append(cast("ScoredSpace", space).scores(evaluation).detach())
     everyone = rule.gather(torch.cat([r.detach() for r in representations]))
     gathered = rule.gather(torch.cat(scores) / rule.temperature) if scores else None
-    repulsion = rule.transport.repel(
-        rule.kernel, everyone, rule.gather.rows, rule.step, scores=gathered
+    repulsion = repel_finite(
+        rule.transport,
+        rule.kernel,
+        everyone,
+        rule.gather.rows,
+        rule.step,
+        finite=finite_particles(everyone, gathered),
+        scores=gathered,
+        static=rule.static,
     )
     return repulsion, replace(evaluation, representation=representations[-1])
 
@@ -380,7 +393,7 @@ def _own_prior(
     The prior is not known as a function of the representation. It acts on its particle alone, with
     the mean weight that the kernel gives the particle's likelihood.
     """
-    weight = repulsion.kernel.mean.mean(0)[rule.gather.rows][rows].detach()
+    weight = repulsion.weight[rule.gather.rows][rows].detach()
     prior = (evaluation.log_density - likelihood) / rule.temperature + evaluation.log_det
     return -(weight * prior).sum()
 
@@ -406,7 +419,7 @@ def _in_weight_space(
     driving: list[Tensor],
     rule: Rule,
     measure: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
     """Driving and repulsive gradients where the representation is the particle itself.
 
     Nothing has to be pulled back, and each group of values has a kernel of its own.
@@ -416,17 +429,33 @@ def _in_weight_space(
     rows = ravel({name: value.detach() for name, value in compared.items()}).unsqueeze(1)
     everyone = space.split(rule.gather(rows), particles)
     scores: list[Tensor | None] = [None] * len(everyone)
+    finite = None  # the values themselves always are
     if rule.transport.uses_scores:
         gradient = ravel({name: named[name] for name in compared}).unsqueeze(1)
-        scores = list(space.split(rule.gather(-gradient), particles))
+        gathered = rule.gather(-gradient)
+        finite = finite_particles(gathered)
+        scores = list(space.split(gathered, particles))
     pooled = space.group != "coordinate"
     velocities, smoothed = [], []
     seen = rows.new_zeros(3)
     for block, score in zip(everyone, scores, strict=True):
         # Its kernel goes at the end of the round: those of all coordinates would not fit.
-        repulsion = rule.transport.repel(
-            rule.kernel, block, rule.gather.rows, rule.step, scores=score, pooled=pooled
-        )
+        if finite is None:
+            repulsion = rule.transport.repel(
+                rule.kernel, block, rule.gather.rows, rule.step, pooled=pooled
+            )
+        else:
+            repulsion = repel_finite(
+                rule.transport,
+                rule.kernel,
+                block,
+                rule.gather.rows,
+                rule.step,
+                finite=finite,
+                scores=score,
+                pooled=pooled,
+                static=rule.static,
+            )
         velocities.append(repulsion.velocity)
         if repulsion.driving is not None:
             smoothed.append(repulsion.driving)
@@ -439,6 +468,7 @@ def _in_weight_space(
         list(named.values()),
         [repelling.get(name, torch.zeros_like(value)) for name, value in named.items()],
         seen,
+        None if finite is None else finite[rule.gather.rows],
     )
 
 

@@ -31,6 +31,7 @@ from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
 from pyro_fordes.compiled import CompiledForces
+from pyro_fordes.faults import POLICIES, Faults
 from pyro_fordes.forces import Forces, Rounds, compute_scores, evaluate_all, evaluate_in
 from pyro_fordes.initial import initial_particles
 from pyro_fordes.input_gradients import InputGradients
@@ -48,11 +49,12 @@ from pyro_fordes.particles import (
     at_step,
 )
 from pyro_fordes.prototype import Prototype
+from pyro_fordes.rollback import Before
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import Space
 from pyro_fordes.state import Load, copied, finish_loading, state_of, take_state
 from pyro_fordes.transports import WGD, Transport
-from pyro_fordes.update import check_start, forces_of, update
+from pyro_fordes.update import check_start, forces_of, read_faults, update
 
 
 class ParticleInference:
@@ -99,6 +101,13 @@ class ParticleInference:
             None draws one from torch's global generator, so ``pyro.set_rng_seed`` works.
         diagnostics_every: how many steps apart the two forces are measured separately, which costs
             one more backward pass.
+        nan: what becomes of a particle whose log joint, force or value is not finite, while the
+            others go on: ``"raise"`` raises a `NumericalError` with all as it was before the step,
+            ``"skip"`` leaves the particle out of the step, ``"reset"`` draws it again near one of
+            the others. See ``docs/long_runs.md``.
+        clip_norm: bound of the norm, over all sites, of what the optimiser gets as a particle's
+            gradient: the whole velocity, both forces, divided by ``num_data``. The gradients of
+            shared parameters have the same bound, together. None clips nothing.
         gather: how particles of other processes are seen.
 
     Raises:
@@ -139,6 +148,8 @@ class ParticleInference:
         max_plate_nesting: int | None = None,
         seed: int | None = None,
         diagnostics_every: int = 50,
+        nan: str = "raise",
+        clip_norm: float | None = None,
         gather: Gather = OneProcess(),
     ) -> None:
         if isinstance(model, type) or not callable(model):
@@ -180,6 +191,11 @@ class ParticleInference:
         )
         check_choice("randomness", randomness, ("different", "same"))
         self.diagnostics_every = check_positive_int("diagnostics_every", diagnostics_every)
+        check_choice("nan", nan, POLICIES)
+        self._faults = Faults(nan, num_particles)
+        if clip_norm is not None:
+            check_number("clip_norm", clip_norm, minimum=0.0, exclusive=True)
+        self.clip_norm = clip_norm
         self._gather = gather
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ArgumentError(f"seed must be an integer or None, got {seed!r}")
@@ -202,7 +218,8 @@ class ParticleInference:
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        self._before = Before()
+        self._last: tuple[tuple, Mapping[str, Any]] | None = None  # arguments of faults not read
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
         self._step = 0
@@ -287,7 +304,13 @@ class ParticleInference:
             FordesError: if something does not fit or is not finite; the particles are then
                 unchanged.
         """
-        return update(self, args, kwargs).item()
+        loss = update(self, args, kwargs)
+        self._read_faults()
+        return loss.item()
+
+    def _read_faults(self) -> None:
+        """Report what a device has found since the last time; on a CPU there is nothing left."""
+        read_faults(self)
 
     def _rounds(self, args: tuple, kwargs: Mapping[str, Any]) -> Rounds:
         """Evaluations of the particles on some arguments, with random numbers of their own."""
@@ -432,6 +455,7 @@ class ParticleInference:
     load = Load()
 
     def _started(self) -> None:
+        self._read_faults()
         if not self._particles:
             raise StateError(
                 "there are no particles yet; call step, run, fit or setup with the model's "
@@ -516,18 +540,20 @@ class ParticleInference:
             ``step``; ``log_joint`` per particle before the update; ``driving_force`` and
             ``repulsive_force``, the norms per particle of the two parts of the velocity (full-data
             scale, repulsion scale included); ``force_ratio``, the mean of the second over the mean
-            of the first; ``effective_particles``, :math:`M^2 / \sum_{ij} k_{ij}`; and
-            ``bandwidth``, the mean over points. The last two are NaN for transports that compare
-            nothing.
+            of the first; ``effective_particles``, :math:`M^2 / \sum_{ij} k_{ij}`;
+            ``bandwidth``, the mean over points; and ``faults``, at how many steps so far something
+            about each particle was not finite. Effective particles and bandwidth are NaN for
+            transports that compare nothing.
 
         Raises:
             StateError: if no step has been taken.
         """
         if self._diagnostics is None:
             raise StateError("no step has been taken yet; call step, run or fit first")
+        self._read_faults()
         return {
             name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
-            for name, value in self._diagnostics.items()
+            for name, value in {**self._diagnostics, "faults": self._faults.count.clone()}.items()
         }
 
     @torch.no_grad()

@@ -89,6 +89,7 @@ class Saver:
 
     def save(self) -> None:
         """Write one, unless the last is of this place."""
+        self.inference._read_faults()  # a step that failed is not kept
         position = self.inference._position
         place = (self.inference._step, position.epoch, position.batch)
         if place != self.written:
@@ -147,6 +148,7 @@ def run_steps(
             losses.append(inference._update(args, kwargs))
             if _after(inference, losses[-1], bar, callback):
                 break
+    inference._read_faults()
     return torch.stack(losses).cpu()
 
 
@@ -181,6 +183,7 @@ def fit_epochs(
                 bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
                 if _epoch(inference, loader, position, bar, callback, saver, interruptions):
                     break
+            inference._read_faults()
             if saver is not None:
                 saver.save()
     finally:
@@ -218,7 +221,7 @@ def _epoch(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
             "fewer points than a batch?"
         )
-    inference._stepper.end_epoch(float(_stacked(position.losses[-position.batch :]).mean()))
+    inference._stepper.end_epoch(float(_stacked(position.losses[-position.batch :]).nanmean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False
 
@@ -279,7 +282,10 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
     step = inference._step - 1
     bar.update()
     # Reading a number waits for the device, so not at every step.
-    if not bar.disable and step % 10 == 0:
+    shown = not bar.disable and step % 10 == 0
+    if shown or callback is not None:
+        inference._read_faults()
+    if shown:
         ratio = inference.diagnostics()["force_ratio"]
         bar.set_postfix(loss=f"{loss.item():.4g}", force_ratio=f"{ratio:.2g}")
     return callback is not None and callback(inference, step, loss.item()) is True

@@ -24,6 +24,10 @@ class Stepper(Protocol):
         """Move the tensors against their ``.grad``."""
         ...
 
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
+        """The torch optimisers of these tensors that were made so far."""
+        ...
+
     def end_epoch(self, loss: float) -> None:
         """Let a learning-rate scheduler know that an epoch is over."""
         ...
@@ -145,6 +149,12 @@ class PyroStepper:
                     self.optim.optim_objs.pop(tensor, None)
             raise _not_set_up(parameters, error) from error
 
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
+        """Each of them once, without the schedulers around them."""
+        optims = self.optim.optim_objs
+        made = [optims[tensor] for tensor in parameters.values() if tensor in optims]
+        return list(dict.fromkeys(getattr(one, "optimizer", one) for one in made))
+
     def end_epoch(self, loss: float) -> None:
         """Step the learning-rate scheduler, if the optimiser is one."""
         if isinstance(self.optim, PyroLRScheduler):
@@ -231,6 +241,10 @@ class TorchStepper:
             )
         _check_first_order(optimizer)
         return optimizer
+
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
+        """The one that the function made, after the first step."""
+        return [] if self.optimizer is None else [self.optimizer]
 
     def end_epoch(self, loss: float) -> None:
         """Nothing: torch's schedulers are stepped by whoever made them."""

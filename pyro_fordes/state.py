@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pyro_fordes._checks import CheckpointError
 from pyro_fordes.checkpoint import read
+from pyro_fordes.faults import Faults
 from pyro_fordes.loops import Position
 from pyro_fordes.optimizers import stepper
 from pyro_fordes.prototype import Prototype
+from pyro_fordes.rollback import Before
 from pyro_fordes.spaces import Space
 
 _PARTS = (
@@ -27,6 +29,7 @@ _PARTS = (
     "step",
     "random",
     "position",
+    "faults",
 )
 
 
@@ -56,6 +59,7 @@ def state_of(inference: Any) -> dict[str, Any]:
         "step": inference._step,
         "random": inference._random.state_dict(),
         "position": None if position is None else position.state_dict(),
+        "faults": inference._faults.count,
     }
 
 
@@ -76,7 +80,9 @@ def take_state(inference: Any, state: Mapping[str, Any]) -> None:
         name: value.detach().clone().requires_grad_() for name, value in state["particles"].items()
     }
     inference._buffers = {name: value.clone() for name, value in state["buffers"].items()}
-    inference._space, inference._before = inference.kernel.space, {}
+    inference._space, inference._before = inference.kernel.space, Before()
+    inference._faults = Faults(inference._faults.policy, inference.num_particles)
+    inference._faults.count = state["faults"].clone()
     inference._shared, inference._diagnostics = {}, None
     inference._enumerated = tuple(state["enumerated"])
     inference._step, inference._seed = state["step"], state["random"]["seed"]

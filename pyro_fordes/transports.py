@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pyro_fordes._checks import (
@@ -37,11 +37,23 @@ class Repulsion:
         velocity: repulsive part of the local representations' ascent direction.
         kernel: the kernel it was computed from.
         driving: the other part, where the transport replaces the log joint's gradient; else None.
+        finite: which of the local particles could be compared; None for all.
+        kept: the particles that ``kernel`` is between, where some were left out; None for all.
     """
 
     velocity: Float[Tensor, "local point feature"]
     kernel: KernelMatrix
     driving: Float[Tensor, "local point feature"] | None = None
+    finite: Bool[Tensor, " local"] | None = None
+    kept: Int[Tensor, " kept"] | None = None
+
+    @property
+    def weight(self) -> Float[Tensor, " particle"]:
+        """Mean weight that the kernel gives each of all particles, 0 for those left out."""
+        weight = self.kernel.mean.mean(0)
+        if self.kept is None:
+            return weight
+        return weight.new_zeros(len(self.velocity)).index_copy(0, self.kept, weight)
 
 
 class Transport(Protocol):

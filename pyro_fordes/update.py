@@ -7,19 +7,176 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import NumericalError
-from pyro_fordes._random import preserved_rng
+from pyro_fordes._random import RandomStream
+from pyro_fordes.faults import Actions, Broken, Faults, broken_forces, broken_values, clipped
 from pyro_fordes.forces import Forces, Rule, compute_forces
-from pyro_fordes.particles import Call, at_step
+from pyro_fordes.particles import Call, OneProcess, at_step
+from pyro_fordes.rollback import like, redraw
 
 
 def check_start(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Evaluate the initial particles and refuse to start if something is not finite."""
-    _check_finite(inference, forces_of(inference, args, kwargs, measure=False), args, kwargs)
+    """Evaluate the initial particles and refuse to start if something is not finite.
+
+    Whatever the policy is: one that goes on is for runs that were well once.
+    """
+    forces = forces_of(inference, args, kwargs, measure=False)
+    log_joint = forces.evaluation.log_joint
+    faults = Faults("raise", inference.num_particles)
+    broken = broken_forces(log_joint, forces.compared, forces.gradients, forces.shared_gradients)
+    faults.note(broken, log_joint, inference._step)
+    faults.read(_actions(inference, args, kwargs))
 
 
-def _culprits(inference: Any, args: tuple, kwargs: Mapping[str, Any], particle: int) -> str:
-    """Sites whose log probability is not finite for a particle, for a message."""
+def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
+    """One update; returns the loss before it, on the particles' device."""
+    inference.setup(*args, **kwargs)
+    place = inference._random.place
+    try:
+        loss = _move(inference, args, kwargs)
+    except BaseException:
+        inference._random.place = place  # as if the step had not been tried
+        raise
+    inference._step += 1
+    if inference._faults.waits(loss.device):
+        inference._last = args, kwargs
+        if inference._step % inference.diagnostics_every == 0:
+            read_faults(inference)
+    return loss
+
+
+def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
+    """Forces, and the optimiser's step of all that is finite."""
+    # The first step with a repulsion after each so many.
+    repels = inference._step % inference.repulsion_every == 0
+    measure = repels and inference._step % inference.diagnostics_every < inference.repulsion_every
+    place = inference._random.place
+    with inference._random.active():
+        forces = forces_of(inference, args, kwargs, measure)
+    log_joint = forces.evaluation.log_joint.detach()
+    gradients = clipped(forces.gradients, inference.clip_norm)
+    shared_gradients = _clipped_together(forces.shared_gradients, inference.clip_norm)
+    broken = broken_forces(log_joint, forces.compared, gradients, shared_gradients)
+    faults = inference._faults
+    waits = faults.waits(log_joint.device)
+    fault = waits or bool(broken.any)
+    if fault and not waits and (faults.policy == "raise" or bool(broken.rows.all())):
+        # Nothing has moved yet, and nothing will.
+        _tell(inference, broken, log_joint, args, kwargs, place)
+        return -log_joint.mean()
+    shared = {name: forces.evaluation.shared[name] for name in shared_gradients}
+    inference._shared.update(shared)
+    parameters = {**inference._particles, **shared}
+    if fault:
+        gradients = {
+            name: torch.where(like(broken.rows, gradient), 0.0, gradient)
+            for name, gradient in gradients.items()
+        }
+        shared_gradients = {
+            name: torch.where(broken.of_shared(name), 0.0, gradient)
+            for name, gradient in shared_gradients.items()
+        }
+    for name, tensor in parameters.items():
+        tensor.grad = {**gradients, **shared_gradients}[name]
+    stepper, before = inference._stepper, inference._before
+    before.take(parameters, stepper.optimizers(parameters))
+    try:
+        with inference._random.active():  # an optimiser may draw noise
+            stepper.step(parameters)
+        broken = broken.joined(broken_values(inference._particles, shared))
+        fault = waits or bool(broken.any)
+        if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
+            before.restore(parameters, stepper.optimizers(parameters))
+            _tell(inference, broken, log_joint, args, kwargs, place)
+            return _mean_loss(log_joint, broken)
+    except BaseException:
+        # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
+        before.restore(parameters, stepper.optimizers(parameters))
+        raise
+    finally:
+        for tensor in parameters.values():
+            tensor.grad = None
+    buffers = dict(forces.evaluation.buffers)
+    if fault:
+        rows = broken.rows
+        whole = {name: broken.of_shared(name) for name in shared}
+        if waits:
+            if not faults.fits(broken):
+                read_faults(inference)
+            halted = faults.note(broken, log_joint, inference._step) & (faults.policy == "raise")
+            rows, whole = rows | halted, {name: one | halted for name, one in whole.items()}
+        before.restore_broken(parameters, rows, whole)
+        buffers = {
+            name: torch.where(like(rows, buffer), inference._buffers[name], buffer)
+            for name, buffer in buffers.items()
+        }
+    inference._buffers = buffers
+    if forces.diagnostics is not None:
+        inference._diagnostics = forces.diagnostics
+    if fault and not waits:
+        _tell(inference, broken, log_joint, args, kwargs, place)
+    return _mean_loss(log_joint, broken) if fault else -log_joint.mean()
+
+
+def _mean_loss(log_joint: Tensor, broken: Broken) -> Float[Tensor, ""]:
+    """Mean over the particles whose log joint is finite, if there is any."""
+    fine = ~broken.particles[0]
+    some = -torch.where(fine, log_joint, 0.0).sum() / fine.sum()
+    return torch.where(fine.all(), -log_joint.mean(), some)
+
+
+def _clipped_together(gradients: Mapping[str, Tensor], norm: float | None) -> dict[str, Tensor]:
+    """Gradients of shared parameters, their joint norm bounded."""
+    rows = clipped({name: one.unsqueeze(0) for name, one in gradients.items()}, norm)
+    return {name: one[0] for name, one in rows.items()}
+
+
+def _tell(
+    inference: Any,
+    broken: Broken,
+    log_joint: Tensor,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    place: Any,
+) -> None:
+    """Report a fault at once, and do what the policy says."""
+    faults = inference._faults
+    if not faults.fits(broken):  # left by a state that was never read
+        faults.read(_actions(inference, args, kwargs))
+    faults.note(broken, log_joint, inference._step)
+    faults.read(_actions(inference, args, kwargs, place))
+
+
+def read_faults(inference: Any) -> None:
+    """Bring faults that are still on the device to the host; see `Faults.read`."""
+    args, kwargs = inference._last or ((), {})
+    inference._faults.read(_actions(inference, args, kwargs))
+
+
+def _actions(inference: Any, args: tuple, kwargs: Mapping[str, Any], place: Any = None) -> Actions:
+    """What an inference can do about faults."""
+
+    def again(broken: list[int], step: int) -> bool:
+        parameters = {**inference._particles, **inference._shared}
+        return redraw(
+            inference._particles,
+            inference._stepper.optimizers(parameters),
+            inference._buffers,
+            broken,
+            (inference._seed * 1_000_003 + step) % 2**63,
+        )
+
+    def rewind(step: int) -> None:
+        inference._step = step
+
+    return Actions(
+        lambda particle: _culprits(inference, args, kwargs, particle, place), again, rewind
+    )
+
+
+def _culprits(
+    inference: Any, args: tuple, kwargs: Mapping[str, Any], particle: int, place: Any
+) -> list[str]:
+    """Sites whose log probability is not finite for a particle, with the step's random numbers."""
 
     def capture(call: Call) -> dict[str, Tensor]:
         call.trace.compute_log_prob()
@@ -29,16 +186,18 @@ def _culprits(inference: Any, args: tuple, kwargs: Mapping[str, Any], particle: 
             if site["type"] == "sample"
         }
 
-    with torch.no_grad(), preserved_rng():
+    stream = RandomStream(inference._seed)
+    stream.place = inference._random.place if place is None else place
+    with torch.no_grad(), stream.active():
         evaluation = inference._log_joint.evaluate(
             inference._particles, args, kwargs, capture=capture, buffers=inference._buffers
         )
-    names = [name for name, value in evaluation.captured.items() if not value[particle].isfinite()]
-    return f" (not finite at site {', '.join(map(repr, names))})" if names else ""
+    return [name for name, value in evaluation.captured.items() if not value[particle].isfinite()]
 
 
 def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
     """Evaluate the model and differentiate: the negative velocity of every site."""
+    device = next(iter(inference._particles.values())).device
     rule = Rule(
         space=inference._space,
         kernel=inference.kernel,
@@ -52,6 +211,7 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         repulsive=(
             inference.transport.repulsive and inference._step % inference.repulsion_every == 0
         ),
+        static=(inference._faults.waits(device) or not isinstance(inference._gather, OneProcess)),
     )
     compute = compute_forces if inference._compiled is None else inference._compiled
     return compute(
@@ -64,76 +224,3 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         measure=measure,
         chunk_size=inference.chunk_size,
     )
-
-
-def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
-    """One update; returns the loss before it, on the particles' device."""
-    inference.setup(*args, **kwargs)
-    # The first step with a repulsion after each so many.
-    repels = inference._step % inference.repulsion_every == 0
-    measure = repels and inference._step % inference.diagnostics_every < inference.repulsion_every
-    with inference._random.active():
-        forces = forces_of(inference, args, kwargs, measure)
-    log_joint = forces.evaluation.log_joint.detach()
-    # On a CPU the check is cheap; on other devices it would wait for the device.
-    if log_joint.device.type == "cpu":
-        _check_finite(inference, forces, args, kwargs)
-    shared = {name: forces.evaluation.shared[name] for name in forces.shared_gradients}
-    inference._shared.update(shared)
-    parameters = {**inference._particles, **shared}
-    gradients = {**forces.gradients, **forces.shared_gradients}
-    for name, tensor in parameters.items():
-        tensor.grad = gradients[name]
-    before = _copy(inference, parameters)
-    try:
-        with inference._random.active():  # an optimiser may draw noise
-            inference._stepper.step(parameters)
-    except BaseException:
-        # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                tensor.copy_(before[name])
-        raise
-    finally:
-        for tensor in parameters.values():
-            tensor.grad = None
-    inference._buffers = dict(forces.evaluation.buffers)
-    if forces.diagnostics is not None:
-        inference._diagnostics = forces.diagnostics
-    inference._step += 1
-    return -log_joint.mean()
-
-
-def _copy(inference: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, in memory that is kept: getting it anew costs more than the copy."""
-    with torch.no_grad():
-        for name, tensor in parameters.items():
-            kept = inference._before.get(name)
-            if kept is None or kept.shape != tensor.shape or kept.device != tensor.device:
-                inference._before[name] = tensor.detach().clone()
-            else:
-                kept.copy_(tensor)
-    return inference._before
-
-
-def _check_finite(inference: Any, forces: Forces, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse an update that would make a particle useless, before it is made."""
-    start = "at the start" if inference._step == 0 else f"at step {inference._step}"
-    log_joint = forces.evaluation.log_joint
-    if not log_joint.isfinite().all():
-        particle = int((~log_joint.isfinite()).nonzero()[0])
-        raise NumericalError(
-            f"{start} the log joint of particle {particle} is {log_joint[particle].item()}"
-            f"{_culprits(inference, args, kwargs, particle)}; the particles were left as they are. "
-            f"Check the data for NaN, lower the learning rate, or start elsewhere with "
-            f"init_loc_fn"
-        )
-    named = {**forces.gradients, **forces.shared_gradients}
-    # One sum tells, since NaN and infinity survive it.
-    if not torch.stack([gradient.sum() for gradient in named.values()]).sum().isfinite():
-        sites = [name for name, gradient in named.items() if not gradient.isfinite().all()]
-        raise NumericalError(
-            f"{start} the force on {', '.join(map(repr, sites)) or 'all sites together'} is "
-            f"not finite, though the log joint is; the particles were left as they are. Check "
-            f"the model's gradients there, or lower the learning rate"
-        )

@@ -1,0 +1,302 @@
+"""Numbers that are not finite: found per particle, and what is said and done about them.
+
+On a CPU a step knows at once whether all is well. On other devices asking would wait for the
+device, so what is found stays there, and `Faults.read` brings it to the host when something else
+waits anyway.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pyro_fordes._checks import NumericalError
+from pyro_fordes.rollback import like
+
+POLICIES = ("raise", "skip", "reset")
+
+Cause = tuple[str, str | None]
+"""What is not finite, and at which site."""
+
+
+def finite_rows(tensors: Iterable[Tensor]) -> Bool[Tensor, "tensor particle"]:
+    """Whether each particle's share of each tensor is finite.
+
+    One sum tells, since NaN and infinity survive it.
+
+    Example:
+        >>> finite_rows([torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])])
+        tensor([[ True, False]])
+    """
+    sums = []
+    for tensor in tensors:
+        # In half precision a sum of finite numbers overflows.
+        dtype = torch.float32 if tensor.dtype.itemsize < 4 else None
+        sums.append(tensor.detach().reshape(len(tensor), -1).sum(1, dtype=dtype))
+    return torch.stack(sums).isfinite()
+
+
+def clipped(gradients: Mapping[str, Tensor], norm: float | None) -> dict[str, Tensor]:
+    """Gradients of which no particle's norm, over all sites, is above a bound.
+
+    Args:
+        gradients: ``(particle, *shape)`` each.
+        norm: the bound; None leaves them as they are.
+
+    Example:
+        >>> clipped({"a": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)["a"]
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+    if norm is None or not gradients:
+        return dict(gradients)
+    rows = [gradient.reshape(len(gradient), -1) for gradient in gradients.values()]
+    norms = torch.stack([row.norm(dim=1) for row in rows]).norm(dim=0)
+    factor = (norm / norms).clamp(max=1.0)
+    return {name: gradient * like(factor, gradient) for name, gradient in gradients.items()}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What is not finite in a step.
+
+    Attributes:
+        causes: what each row is about.
+        particles: whether it is so for each particle.
+        shared_causes: the same for parameters that all particles share.
+        shared: whether it is so.
+    """
+
+    causes: tuple[Cause, ...]
+    particles: Bool[Tensor, "cause particle"]
+    shared_causes: tuple[Cause, ...]
+    shared: Bool[Tensor, " shared_cause"]
+
+    @property
+    def rows(self) -> Bool[Tensor, " particle"]:
+        """Particles of which something is not finite."""
+        return self.particles.any(0)
+
+    @property
+    def any(self) -> Bool[Tensor, ""]:
+        """Whether there is anything."""
+        return self.particles.any() | self.shared.any()
+
+    def of_shared(self, name: str) -> Bool[Tensor, ""]:
+        """Whether something about a shared parameter is not finite."""
+        rows = [row for row, (_, site) in enumerate(self.shared_causes) if site == name]
+        return torch.stack([self.shared[row] for row in rows]).any()
+
+    def joined(self, other: "Broken") -> "Broken":
+        """Both."""
+        return Broken(
+            self.causes + other.causes,
+            torch.cat([self.particles, other.particles]),
+            self.shared_causes + other.shared_causes,
+            torch.cat([self.shared, other.shared]),
+        )
+
+
+def broken_forces(
+    log_joint: Float[Tensor, " particle"],
+    compared: Bool[Tensor, " particle"] | None,
+    gradients: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+) -> Broken:
+    """What of a step's forces is not finite.
+
+    Args:
+        log_joint: of each particle.
+        compared: whether each particle's representation is finite; None if all are.
+        gradients: of each site, ``(particle, *shape)``.
+        shared: gradients of parameters that all particles share.
+    """
+    fine = log_joint.detach().isfinite()
+    pair = torch.stack([fine, torch.ones_like(fine) if compared is None else compared])
+    causes: tuple[Cause, ...] = (("log joint", None), ("representation", None))
+    causes += tuple(("force", name) for name in gradients)
+    broken = ~torch.cat([pair, finite_rows(gradients.values())])
+    return Broken(causes, broken, *_of_shared("force", shared, fine))
+
+
+def broken_values(values: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Broken:
+    """Which values are not finite after a step of the optimiser; see `broken_forces`."""
+    broken = ~finite_rows(values.values())
+    causes = tuple(("value", name) for name in values)
+    return Broken(causes, broken, *_of_shared("value", shared, broken))
+
+
+def _of_shared(
+    what: str, shared: Mapping[str, Tensor], near: Tensor
+) -> tuple[tuple[Cause, ...], Tensor]:
+    if not shared:
+        return (), torch.zeros(0, dtype=torch.bool, device=near.device)
+    fine = torch.cat([finite_rows([tensor.reshape(1, -1)])[0] for tensor in shared.values()])
+    return tuple((what, name) for name in shared), ~fine
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What `Faults.read` needs of an inference.
+
+    Attributes:
+        culprits: sites whose log probability is not finite for a particle.
+        redraw: draws some particles again; returns whether there were others to draw from.
+        rewind: sets the step back to that of the fault, after which nothing moved.
+    """
+
+    culprits: Callable[[int], Sequence[str]]
+    redraw: Callable[[list[int], int], bool]
+    rewind: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The step at which each cause came first (-1: never) since it was last read."""
+
+    causes: tuple[Cause, ...]
+    particles: Tensor
+    shared_causes: tuple[Cause, ...]
+    shared: Tensor
+    log_joint: Tensor
+
+    @property
+    def any(self) -> Tensor:
+        return (self.particles >= 0).any() | (self.shared >= 0).any()
+
+
+class Faults:
+    """What was not finite in the steps of an inference.
+
+    Args:
+        policy: ``"raise"``, ``"skip"`` or ``"reset"``.
+        num_particles: number of particles.
+    """
+
+    def __init__(self, policy: str, num_particles: int) -> None:
+        self.policy = policy
+        self.count = torch.zeros(num_particles, dtype=torch.int64)
+        self.deferred: bool | None = None  # None leaves it to the device
+        self._record: _Record | None = None
+        self._warned = False
+
+    def waits(self, device: torch.device) -> bool:
+        """Whether what is found stays on the device till it is read."""
+        return device.type != "cpu" if self.deferred is None else self.deferred
+
+    def fits(self, broken: Broken) -> bool:
+        """Whether the causes are those of what is not read yet."""
+        record = self._record
+        return record is None or (
+            record.causes == broken.causes and record.shared_causes == broken.shared_causes
+        )
+
+    def note(self, broken: Broken, log_joint: Tensor, step: int) -> Bool[Tensor, ""]:
+        """Remember what a step has found, on the device.
+
+        Args:
+            broken: what was found; its causes must fit.
+            log_joint: of each particle.
+            step: the step.
+
+        Returns:
+            Whether there is anything that was not read yet.
+        """
+        old = self._record
+        if old is None:
+            never = torch.full_like(broken.particles, -1, dtype=torch.int64)
+            shared = torch.full_like(broken.shared, -1, dtype=torch.int64)
+            old = _Record(broken.causes, never, broken.shared_causes, shared, log_joint)
+        new = broken.particles & (old.particles < 0)
+        self._record = _Record(
+            old.causes,
+            torch.where(new, step, old.particles),
+            old.shared_causes,
+            torch.where(broken.shared & (old.shared < 0), step, old.shared),
+            torch.where(new[0], log_joint, old.log_joint),
+        )
+        self.count = self.count.to(broken.particles.device) + broken.rows
+        return self._record.any
+
+    def read(self, actions: Actions) -> None:
+        """Bring what was found to the host, and act on it as the policy says.
+
+        Args:
+            actions: what the inference can do.
+
+        Raises:
+            NumericalError: under ``"raise"``, if something was found.
+        """
+        record, self._record = self._record, None
+        if record is None or not record.any:
+            return
+        first, shared = record.particles.cpu(), record.shared.cpu()
+        record = _Record(record.causes, first, record.shared_causes, shared, record.log_joint)
+        found = torch.cat([first.flatten(), shared])
+        step = int(found[found >= 0].min())
+        what, hint = _describe(record, step, actions.culprits)
+        if self.policy == "raise":
+            actions.rewind(step)
+            raise NumericalError(f"{what}; the particles were left as they are. {hint}")
+        particles = (first >= 0).any(0).nonzero().flatten().tolist()
+        done = f"particles {particles} were left as they are"
+        if self.policy == "reset" and particles and actions.redraw(particles, step):
+            done = f"particles {particles} were drawn again near others"
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{what}; {done if particles else 'it was left as it is'} (nan={self.policy!r}). "
+                f"{hint}. This is said once; diagnostics()['faults'] counts further ones",
+                stacklevel=5,
+            )
+
+
+def _describe(
+    record: _Record, step: int, culprits: Callable[[int], Sequence[str]]
+) -> tuple[str, str]:
+    """What was found first, and what to do about it."""
+    start = "at the start" if step == 0 else f"at step {step}"
+    lower = "lower the learning rate"
+    at = record.particles == step
+    if not at.any():
+        kind, site = record.shared_causes[int((record.shared == step).nonzero()[0])]
+        whose = f"{'force on' if kind == 'force' else 'new value of'} {site!r}"
+        return (
+            f"{start} the {whose}, which all particles share, is not finite",
+            f"Check the model's gradients there, or {lower}",
+        )
+    row = int(at.any(1).nonzero()[0])
+    kind = record.causes[row][0]
+    particle, *others = at[row].nonzero().flatten().tolist()
+    whose = f"of particle {particle}" + (f" (and of {others})" if others else "")
+    if kind == "log joint":
+        guilty = ", ".join(map(repr, culprits(particle)))
+        return (
+            f"{start} the log joint {whose} is {record.log_joint[particle].item()}"
+            f"{f' (not finite at site {guilty})' if guilty else ''}",
+            f"Check the data for NaN, {lower}, or start elsewhere with init_loc_fn",
+        )
+    if kind == "representation":
+        return (
+            f"{start} what the kernel compares {whose} is not finite, though the log joint is",
+            f"Check the gradients of what the space names, or {lower}",
+        )
+    sites = [
+        repr(site)
+        for (other, site), here in zip(record.causes, at[:, particle], strict=True)
+        if other == kind and here
+    ]
+    if kind == "force":
+        return (
+            f"{start} the force on {', '.join(sites)} {whose} is not finite, though the log joint "
+            f"is",
+            f"Check the model's gradients there, or {lower}",
+        )
+    return (
+        f"{start} the optimiser's step made {', '.join(sites)} {whose} not finite, though the "
+        f"force is",
+        f"Its state may be damaged there, or it overflows: {lower}",
+    )
