@@ -271,17 +271,19 @@ def _describe(
     row = int(at.any(1).nonzero()[0])
     kind = record.causes[row][0]
     particle, *others = at[row].nonzero().flatten().tolist()
-    whose = f"of particle {particle}" + (f" (and of {others})" if others else "")
+    whose = f"of particle {particle}"
+    also = f", and that of particles {others}" if others else ""
     if kind == "log joint":
         guilty = ", ".join(map(repr, culprits(particle)))
         return (
             f"{start} the log joint {whose} is {record.log_joint[particle].item()}"
-            f"{f' (not finite at site {guilty})' if guilty else ''}",
+            f"{f' (not finite at site {guilty})' if guilty else ''}{also}",
             f"Check the data for NaN, {lower}, or start elsewhere with init_loc_fn",
         )
     if kind == "representation":
         return (
-            f"{start} what the kernel compares {whose} is not finite, though the log joint is",
+            f"{start} what the kernel compares {whose} is not finite, though the log joint is"
+            f"{also}",
             f"Check the gradients of what the space names, or {lower}",
         )
     sites = [
@@ -292,11 +294,11 @@ def _describe(
     if kind == "force":
         return (
             f"{start} the force on {', '.join(sites)} {whose} is not finite, though the log joint "
-            f"is",
+            f"is{also}",
             f"Check the model's gradients there, or {lower}",
         )
     return (
         f"{start} the optimiser's step made {', '.join(sites)} {whose} not finite, though the "
-        f"force is",
+        f"force is{also}",
         f"Its state may be damaged there, or it overflows: {lower}",
     )

@@ -111,7 +111,7 @@ class Before:
         everything = broken.all()
         masks = {}
         for name, tensor in parameters.items():
-            masks[tensor] = shared[name] if name in shared else broken
+            masks[tensor] = shared.get(name, broken)
             _restore_rows(tensor, self._values[name], masks[tensor], everything)
         for one, _, states in self._optimizers:
             for tensor, state in states.items():
