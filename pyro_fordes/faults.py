@@ -280,12 +280,14 @@ def _describe(
             f"{f' (not finite at site {guilty})' if guilty else ''}{also}",
             f"Check the data for NaN, {lower}, or start elsewhere with init_loc_fn",
         )
-    if kind == "representation":
+    forces = at[[kind == "force" for kind, _ in record.causes], particle]
+    if kind == "representation" and not forces.any():
         return (
             f"{start} what the kernel compares {whose} is not finite, though the log joint is"
             f"{also}",
             f"Check the gradients of what the space names, or {lower}",
         )
+    kind = "force" if kind == "representation" else kind
     sites = [
         repr(site)
         for (other, site), here in zip(record.causes, at[:, particle], strict=True)

@@ -11,8 +11,8 @@ from pyro_fordes.transports import Repulsion, Transport
 
 
 def finite_particles(*parts: Tensor | None) -> Bool[Tensor, " particle"]:
-    """Whether all that belongs to a particle is finite; None is."""
-    fine = [part.flatten(1).sum(1).isfinite() for part in parts if part is not None]
+    """Whether all that belongs to a particle, in some ``(particle, point, feature)``, is finite."""
+    fine = [part.sum((1, 2)).isfinite() for part in parts if part is not None]
     return torch.stack(fine).all(0)
 
 

@@ -462,8 +462,12 @@ def _in_weight_space(
         if measure:
             seen += _seen(repulsion)
     repelling = unravel(-rule.strength * space.join(velocities).squeeze(1), compared)
-    if smoothed:
-        named.update(unravel(-space.join(smoothed).squeeze(1), compared))
+    if smoothed and finite is not None:
+        # What could not be smoothed stays as it is, for the report to name its sites.
+        own = torch.where(
+            finite[rule.gather.rows].reshape(-1, 1, 1), space.join(smoothed), -gradient
+        )
+        named.update(unravel(-own.squeeze(1), compared))
     return (
         list(named.values()),
         [repelling.get(name, torch.zeros_like(value)) for name, value in named.items()],
