@@ -26,6 +26,43 @@ Callback = Callable[[Any, int, float], Any]
 CHECKPOINT_EVERY = timedelta(minutes=5)
 
 
+class Losses:
+    """The loss of every step, all but the last ones in one tensor on the CPU.
+
+    A tensor for each of many steps takes far more memory than its number.
+
+    Args:
+        done: losses of earlier steps.
+
+    Example:
+        >>> losses = Losses()
+        >>> losses.append(torch.tensor(1.5))
+        >>> losses.all()
+        tensor([1.5000])
+    """
+
+    def __init__(self, done: Tensor | None = None) -> None:
+        self._done = done
+        self._new: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._new) + (0 if self._done is None else len(self._done))
+
+    def append(self, loss: Tensor) -> None:
+        """Add that of a step, which is not read yet."""
+        self._new.append(loss)
+        if len(self._new) >= 1000:
+            self.all()
+
+    def all(self) -> Float[Tensor, " step"]:
+        """All of them; one copy brings the new ones to the CPU."""
+        if self._new:
+            new = torch.stack(self._new).cpu()
+            self._done = new if self._done is None else torch.cat([self._done, new])
+            self._new = []
+        return torch.zeros(0) if self._done is None else self._done
+
+
 @dataclass
 class Position:
     """How far `fit` has come.
@@ -42,7 +79,7 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
-    losses: list[Tensor] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
     epoch_random: dict[str, Any] | None = None
     loader: Any = None
     random: dict[str, Any] | None = None
@@ -52,7 +89,7 @@ class Position:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "losses": _stacked(self.losses) if self.losses else None,
+            "losses": self.losses.all() if len(self.losses) else None,
             "epoch_random": self.epoch_random,
             "random": global_state(self.loader),
         }
@@ -60,11 +97,10 @@ class Position:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Position":
         """The position that `state_dict` has noted."""
-        losses = [] if state["losses"] is None else list(state["losses"].unbind())
         return cls(
             state["epoch"],
             state["batch"],
-            losses,
+            Losses(state["losses"]),
             state["epoch_random"],
             random=state["random"],
         )
@@ -142,14 +178,15 @@ def run_steps(
     """See ``ParticleInference.run``."""
     check_positive_int("num_steps", num_steps)
     _check_callback(callback)
-    losses: list[Tensor] = []
+    losses = Losses()
     with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
         for _ in range(num_steps):
-            losses.append(inference._update(args, kwargs))
-            if _after(inference, losses[-1], bar, callback):
+            loss = inference._update(args, kwargs)
+            losses.append(loss)
+            if _after(inference, loss, bar, callback):
                 break
     inference._read_faults()
-    return torch.stack(losses).cpu()
+    return losses.all()
 
 
 def fit_epochs(
@@ -190,7 +227,7 @@ def fit_epochs(
         # A fit without checkpoints is not gone on with: the next one begins anew.
         inference._position = None
         inference._resumable = position if saver is not None else None
-    return _stacked(position.losses) if position.losses else torch.zeros(0)
+    return position.losses.all()
 
 
 def _epoch(
@@ -221,7 +258,7 @@ def _epoch(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
             "fewer points than a batch?"
         )
-    inference._stepper.end_epoch(float(_stacked(position.losses[-position.batch :]).nanmean()))
+    inference._stepper.end_epoch(float(position.losses.all()[-position.batch :].nanmean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False
 
@@ -248,12 +285,6 @@ def _batches(loader: Iterable[Any], position: Position) -> Iterable[Any]:
 
 
 _END = object()
-
-
-def _stacked(losses: list[Tensor]) -> Float[Tensor, " step"]:
-    """Losses on the CPU. Those of a checkpoint are there already; one copy brings the others."""
-    device = losses[-1].device
-    return torch.stack([loss.to(device) for loss in losses]).cpu()
 
 
 def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
