@@ -17,8 +17,16 @@ from torch import Tensor
 
 from pyro_fordes._checks import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Number of the file format; it changes when older versions could not read a file."""
+
+
+def _with_faults(state: dict[str, Any]) -> dict[str, Any]:
+    """From format 1 to 2, which counts faults."""
+    return {**state, "faults": torch.zeros(state["num_particles"], dtype=torch.int64)}
+
+
+_UPGRADES = {1: _with_faults}
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -81,12 +89,16 @@ def read(path: str | Path, device: Any = None) -> dict[str, Any]:
             that this version does not know.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"cannot read the checkpoint {path}: it {what}")
     try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise CheckpointError(f"cannot read the checkpoint {path}: it {what}")
         # On the CPU first: the checksum is of bytes, and a damaged file names no device for us.
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
     except Exception as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path}: it is damaged, or no checkpoint "
@@ -94,16 +106,22 @@ def read(path: str | Path, device: Any = None) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not {"format", "checksum", "state"} <= content.keys():
         raise CheckpointError(f"{path} is no checkpoint of pyro_fordes; save(...) writes one")
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint {path} has format {content['format']!r}, and this version of "
-            f"pyro_fordes reads format {FORMAT}; load it with the version that wrote it"
-        )
-    if not isinstance(content["state"], dict) or checksum(content["state"]) != content["checksum"]:
+    state, number = content["state"], content["format"]
+    if not isinstance(state, dict) or checksum(state) != content["checksum"]:
         raise CheckpointError(
             f"the checkpoint {path} is damaged: its checksum does not fit its content"
         )
-    return content["state"] if device is None else _moved(content["state"], device)
+    if number != FORMAT and number not in _UPGRADES:
+        versions = state.get("versions")
+        wrote = versions.get("pyro_fordes") if isinstance(versions, dict) else None
+        raise CheckpointError(
+            f"the checkpoint {path} has format {number!r}, and this version of pyro_fordes reads "
+            f"formats 1 to {FORMAT}; load it with the version that wrote it"
+            f"{'' if wrote is None else f', {wrote}'}"
+        )
+    for older in range(number, FORMAT):
+        state = _UPGRADES[older](state)
+    return state if device is None else _moved(state, device)
 
 
 def checksum(state: Any) -> str:
@@ -171,9 +189,31 @@ def numbered(folder: str | Path) -> list[Path]:
         []
     """
     folder = Path(folder)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot list the checkpoints in {folder}: {error}") from error
     steps = {int(found[1]): name for name in names if (found := _NAME.fullmatch(name))}
     return [folder / steps[step] for step in sorted(steps, reverse=True)]
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and try to write to it, before any work depends on it.
+
+    Raises:
+        CheckpointError: if it cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint can be written to the folder {folder}: {error}; nothing has run yet"
+        ) from error
 
 
 def write_numbered(folder: str | Path, step: int, state: Mapping[str, Any], keep: int) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_fordes._checks import (
     ArgumentError,
+    CheckpointError,
     ModelError,
     StateError,
     check_choice,
@@ -52,7 +53,7 @@ from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import Space
-from pyro_fordes.state import Load, copied, finish_loading, state_of, take_state
+from pyro_fordes.state import Load, copied, fall_back, finish_loading, state_of, take_state
 from pyro_fordes.transports import WGD, Transport
 from pyro_fordes.update import check_start, forces_of, read_faults, update
 
@@ -226,6 +227,7 @@ class ParticleInference:
         self._shared: dict[str, Tensor] = {}
         self._enumerated: tuple[str, ...] = ()
         self._loaded: dict[str, Any] | None = None  # a state that waits for the model's arguments
+        self._fallback: dict[str, Any] = {}  # what it replaced, till it is known to fit
         self._position: Position | None = None  # of the fit that is under way
         self._resumable: Position | None = None  # of the last one
 
@@ -251,7 +253,11 @@ class ParticleInference:
         prototype = self._log_joint.prototype(args, kwargs)
         latents = prototype.latents
         if self._loaded is not None:
-            finish_loading(self, self._loaded, space, prototype)
+            try:
+                finish_loading(self, self._loaded, space, prototype)
+            except CheckpointError:
+                fall_back(self)
+                raise
             return
         particles = initial_particles(
             self._log_joint,
@@ -402,8 +408,9 @@ class ParticleInference:
 
         Raises:
             ArgumentError: if the loader cannot be iterated (again) or is empty.
-            CheckpointError: if a checkpoint cannot be written, or none of those in the folder can
-                be used.
+            CheckpointError: if none of the checkpoints in the folder can be used, if the folder
+                cannot be written to, or if the last checkpoint cannot be written. One on the way
+                that cannot be written is a warning, and the run goes on.
         """
         return fit_epochs(
             self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
@@ -437,8 +444,9 @@ class ParticleInference:
             state: what `state_dict` gave.
 
         Raises:
-            CheckpointError: if it is of another number of particles or no state at all; the
-                inference is then unchanged.
+            CheckpointError: if it is of another number of particles, of other sites, or no state
+                at all. If that turns out at the next call only, that call raises it. The inference
+                is then what it was before.
         """
         take_state(self, state)
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_fordes._checks import ArgumentError, CheckpointError, check_positive_int
 from pyro_fordes._random import global_state, set_global_state
-from pyro_fordes.checkpoint import newest, write_numbered
+from pyro_fordes.checkpoint import check_writable, newest, write_numbered
 
 Callback = Callable[[Any, int, float], Any]
 """Called as ``callback(inference, step, loss)``; True stops the loop."""
@@ -116,6 +116,7 @@ class Saver:
     inference: Any
     last: float = field(default_factory=time.monotonic)
     written: tuple[int, ...] = ()
+    failed: bool = False
 
     def due(self, step: int) -> bool:
         """Whether it is time for the next one."""
@@ -131,6 +132,20 @@ class Saver:
         if place != self.written:
             write_numbered(self.folder, place[0], self.inference._state(), self.keep)
         self.written, self.last = place, time.monotonic()
+
+    def try_to_save(self) -> None:
+        """Write one on the way: a disk that is full for a while does not end the run."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.last = time.monotonic()
+            if not self.failed:
+                warnings.warn(
+                    f"{error}. The run goes on and tries again when the next one is due; free "
+                    f"some space",
+                    stacklevel=6,
+                )
+            self.failed = True
 
 
 class Interruptions:
@@ -207,6 +222,7 @@ def fit_epochs(
         saver = Saver(Path(checkpoint), _checked_every(every), keep, inference)
         check_positive_int("keep", keep)
         position = _resume(inference, checkpoint, loader)
+        check_writable(checkpoint)
     elif checkpoint_every is not None:
         raise ArgumentError("fit(checkpoint_every=...) needs a folder: fit(checkpoint=...)")
     position.loader = loader
@@ -240,16 +256,16 @@ def _epoch(
     interruptions: Interruptions,
 ) -> bool:
     """The rest of an epoch; returns whether the callback asked to stop."""
-    for batch in _batches(loader, position):
+    for batch in _batches(inference, loader, position):
         args, kwargs = arguments(batch)
         loss = inference._update(args, kwargs)
         position.losses.append(loss)
         position.batch += 1
         stop = _after(inference, loss, bar, callback)
-        if saver is not None and (
-            stop or interruptions.received is not None or saver.due(inference._step)
-        ):
+        if saver is not None and (stop or interruptions.received is not None):
             saver.save()
+        elif saver is not None and saver.due(inference._step):
+            saver.try_to_save()
         interruptions.end()
         if stop:
             return True
@@ -263,7 +279,7 @@ def _epoch(
     return False
 
 
-def _batches(loader: Iterable[Any], position: Position) -> Iterable[Any]:
+def _batches(inference: Any, loader: Iterable[Any], position: Position) -> Iterable[Any]:
     """The batches of an epoch that are not done yet, in the order they had at first."""
     done = position.batch
     if done == 0:
@@ -272,12 +288,17 @@ def _batches(loader: Iterable[Any], position: Position) -> Iterable[Any]:
     if position.epoch_random is not None:
         set_global_state(position.epoch_random, loader)
     iterator = iter(loader)
+    batch: Any = None
     for index in range(done):
-        if next(iterator, _END) is _END:
+        batch = next(iterator, _END)
+        if batch is _END:
             raise CheckpointError(
                 f"the checkpoint was written after {done} batches of an epoch, but the loader gave "
                 f"only {index}; use the loader that it was written with"
             )
+    # There may be no further batch, and the end of the epoch must meet the optimiser's state.
+    args, kwargs = arguments(batch)
+    inference.setup(*args, **kwargs)
     if position.random is not None:
         set_global_state(position.random, loader)
         position.random = None
@@ -302,6 +323,14 @@ def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
             warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
         inference.load_state_dict(state)
     position = inference._resumable or Position()
+    if len(position.losses) and getattr(loader, "persistent_workers", False):
+        warnings.warn(
+            "the loader keeps its workers from epoch to epoch (persistent_workers=True), and the "
+            "random states they had are lost; if the data set draws random numbers, this run will "
+            "differ from one that was not cut off. DataLoader(persistent_workers=False) resumes "
+            "exactly",
+            stacklevel=4,
+        )
     if position.batch == 0 and position.random is not None:
         set_global_state(position.random, loader)
         position.random = None

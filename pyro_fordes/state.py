@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_fordes._checks import CheckpointError
+from pyro_fordes._random import RandomStream
 from pyro_fordes.checkpoint import read
 from pyro_fordes.faults import Faults
 from pyro_fordes.loops import Position
@@ -76,21 +77,58 @@ def take_state(inference: Any, state: Mapping[str, Any]) -> None:
             f"the state has {state['num_particles']} particles, this inference "
             f"{inference.num_particles}; make it with num_particles={state['num_particles']}"
         )
-    inference._particles = {
+    try:
+        taken = _taken(inference, state)
+    except Exception as error:
+        raise CheckpointError(
+            f"this is no state of a ParticleInference, though it has the parts of one "
+            f"({type(error).__name__}: {error}); state_dict() or load(path) give one"
+        ) from error
+    if inference._latents:  # the model is known
+        _checked_particles(taken["_particles"], inference._latents)
+    # Some of a state can be checked with the model only; till then there is a way back.
+    inference._fallback = {name: getattr(inference, name) for name in taken}
+    for name, value in taken.items():
+        setattr(inference, name, value)
+
+
+def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an inference a state replaces."""
+    count = inference.num_particles
+    particles = {
         name: value.detach().clone().requires_grad_() for name, value in state["particles"].items()
     }
-    inference._buffers = {name: value.clone() for name, value in state["buffers"].items()}
-    inference._space, inference._before = inference.kernel.space, Before()
-    inference._faults = Faults(inference._faults.policy, inference.num_particles)
-    inference._faults.count = state["faults"].clone()
-    inference._shared, inference._diagnostics = {}, None
-    inference._enumerated = tuple(state["enumerated"])
-    inference._step, inference._seed = state["step"], state["random"]["seed"]
-    inference._random.load_state_dict(state["random"])
+    if any(len(value) != count for value in (*particles.values(), state["faults"])):
+        raise ValueError(f"not every site has {count} particles")
+    random = RandomStream(state["random"]["seed"])
+    random.load_state_dict(state["random"])
+    faults = Faults(inference._faults.policy, count)
+    faults.count = state["faults"].clone()
     position = state["position"]
-    inference._resumable = None if position is None else Position.from_state(position)
-    inference._stepper = stepper(inference.optim)
-    inference._loaded = dict(state)
+    return {
+        "_particles": particles,
+        "_buffers": {name: value.clone() for name, value in state["buffers"].items()},
+        "_space": inference.kernel.space,
+        "_before": Before(),
+        "_shared": {},
+        "_latents": inference._latents,
+        "_diagnostics": None,
+        "_enumerated": tuple(state["enumerated"]),
+        "_step": state["step"],
+        "_seed": state["random"]["seed"],
+        "_random": random,
+        "_faults": faults,
+        "_resumable": None if position is None else Position.from_state(position),
+        "_stepper": stepper(inference.optim),
+        "_loaded": dict(state),
+    }
+
+
+def fall_back(inference: Any) -> None:
+    """Undo `take_state`, whose state turned out to be another model's."""
+    for name, value in inference._fallback.items():
+        setattr(inference, name, value)
+    inference._fallback = {}
 
 
 def finish_loading(
@@ -129,6 +167,7 @@ def finish_loading(
     }
     inference._particles, inference._shared = particles, shared
     inference._space, inference._latents, inference._loaded = space, latents, None
+    inference._fallback = {}
 
 
 def _checked_particles(particles: Mapping[str, Tensor], latents: Any) -> dict[str, Tensor]:

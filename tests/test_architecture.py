@@ -64,6 +64,7 @@ ALLOWED = {
     "initial": {"_checks", "_random", "prototype", "log_joint"},
     "state": {
         "_checks",
+        "_random",
         "checkpoint",
         "faults",
         "loops",

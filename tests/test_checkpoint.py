@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from pyro_fordes import (
     ParticleInference,
     Weights,
     bayesianize,
+    loops,
 )
-from pyro_fordes.checkpoint import checksum, newest, numbered, read, write
+from pyro_fordes.checkpoint import checksum, newest, numbered, read, write, write_numbered
 from tests.models import Classifier
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
@@ -86,6 +88,8 @@ def scheduler():
         }
     )
 
+
+FORMAT_1_LOSSES = [25.7336, 25.5427, 25.3585]
 
 SETTINGS = {
     "MLP, Pyro's Adam, FoRDE": (mlp, lambda: pyro.optim.Adam({"lr": 0.01}), {}, {}),
@@ -183,6 +187,55 @@ def test_a_run_cut_off_and_resumed_ends_like_one_that_was_not(name, tmp_path):
     inference, data = begin(name)
     assert (inference.fit(data, 3, **options) == expected_losses).all()
     same(inference.state_dict()["particles"], expected["particles"])
+
+
+@pytest.mark.parametrize("name", ["CNN, Pyro's scheduler, weights", "MLP, options by name"])
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_cut_off_right_after_a_checkpoint(name, count, tmp_path, monkeypatch):
+    """After the last batch of an epoch the scheduler has still to be stepped."""
+    inference, data = begin(name)
+    expected_losses = inference.fit(data, 2, progress_bar=False, checkpoint=tmp_path / "whole")
+    expected = inference.state_dict()
+
+    def cut(folder, step, *rest):
+        write_numbered(folder, step, *rest)
+        if step == count:
+            raise Cut
+
+    options = {"progress_bar": False, "checkpoint": tmp_path / "cut", "checkpoint_every": 1}
+    inference, data = begin(name)
+    monkeypatch.setattr(loops, "write_numbered", cut)
+    with pytest.raises(Cut):
+        inference.fit(data, 2, **options)
+    monkeypatch.undo()
+    inference, data = begin(name)
+    assert (inference.fit(data, 2, **options) == expected_losses).all()
+    same(inference.state_dict(), expected)
+
+
+def test_killed_at_random_moments():
+    """The short form of ``benchmarks/kill_and_resume.py``, in a process of its own."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "benchmarks/kill_and_resume.py", "--kills", "3", "--epochs", "2"),
+            *("--settings", "CNN, torch SGD"),
+        ],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"3 kills.*: bit-equal", done.stdout)
+
+
+def test_workers_that_stay_are_warned_of(tmp_path):
+    options = {"progress_bar": False, "checkpoint": tmp_path, "checkpoint_every": 1}
+    inference, data = begin("CNN, torch SGD, workers")
+    with pytest.raises(Cut):
+        inference.fit(data, 3, callback=cut_after(2), **options)
+    inference, _ = begin("CNN, torch SGD, workers")
+    with pytest.warns(UserWarning, match="persistent_workers=False. resumes exactly"):
+        inference.fit(loader(num_workers=1, persistent_workers=True), 1, **options)
 
 
 def test_more_epochs_go_on_where_the_last_ended(tmp_path):
@@ -377,9 +430,38 @@ def test_another_engine_goes_on_with_a_state(tmp_path):
 def test_a_file_is_read_without_unpickling(tmp_path):
     started().save(tmp_path / "state.pt")
     content = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert content["format"] == 1
+    assert content["format"] == 2
     assert content["state"]["step"] == 3
     assert content["state"]["versions"]["torch"] == str(torch.__version__)
+
+
+def test_a_file_of_the_first_format_is_read_and_goes_on():
+    """Written by the version before faults were counted, with the losses that came next there."""
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    inference = ParticleInference.load(
+        Path(__file__).parent / "data" / "format-1.pt",
+        Classifier(bayesianize(net)),
+        pyro.optim.Adam({"lr": 0.01}),
+        kernel=RBF(InputGradients("x")),
+    )
+    losses = inference.run(3, x, torch.arange(12) % 2, progress_bar=False)
+    assert losses.tolist() == pytest.approx(FORMAT_1_LOSSES, rel=1e-5)
+    assert inference.state_dict()["faults"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"vectorize": "vmap"}, {"chunk_size": 1}])
+def test_chunks_and_engines_go_on_with_a_state(options, tmp_path):
+    """Dropout, BatchNorm and all: a particle's random numbers are its own."""
+    name = "CNN, Pyro's scheduler, weights"
+    inference = started(name)
+    inference.save(tmp_path / "state.pt")
+    fresh, _ = begin(name)
+    made = ParticleInference.load(
+        tmp_path / "state.pt", fresh.model, fresh.optim, kernel=fresh.kernel, num_data=20, **options
+    )
+    expected = inference.run(3, X, Y, progress_bar=False)
+    torch.testing.assert_close(made.run(3, X, Y, progress_bar=False), expected, rtol=1e-5, atol=0)
 
 
 @pytest.fixture
@@ -430,12 +512,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         {"format": 1, "checksum": "", "state": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt"
     )
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
-    torch.save({"format": 99, "checksum": "", "state": {}}, tmp_path / "future.pt")
+    future = {"versions": {"pyro_fordes": "7.1"}}
+    torch.save(
+        {"format": 99, "checksum": checksum(future), "state": future}, tmp_path / "future.pt"
+    )
     (tmp_path / "text.pt").write_text("hello")
     for name, pattern in {
         "bomb.pt": "damaged, or no checkpoint",
         "other.pt": "no checkpoint of pyro_fordes",
-        "future.pt": "format 99, and this version of pyro_fordes reads format 1",
+        "future.pt": r"format 99, .* reads formats 1 to 2; load it with .* wrote it, 7\.1",
         "text.pt": "damaged, or no checkpoint",
         "missing.pt": "does not exist",
         ".": "is a folder",
