@@ -1,6 +1,7 @@
 """One way to call Pyro's optimisers and torch's: a step on named tensors that have gradients."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -157,7 +158,11 @@ class PyroStepper:
 
     def end_epoch(self, loss: float) -> None:
         """Step the learning-rate scheduler, if the optimiser is one."""
-        if isinstance(self.optim, PyroLRScheduler):
+        if not isinstance(self.optim, PyroLRScheduler):
+            return
+        with warnings.catch_warnings():
+            # One that was loaded at the end of an epoch has not seen its optimiser's steps.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             if self.optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau:
                 self.optim.step(loss)
             else:
