@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class FordesError(Exception):
-    """Base class of all errors raised by pyro_fordes."""
+    """Base class of all errors raised by pyro_fordes.
+
+    Attributes:
+        everywhere: whether all processes of a distributed run raise it at the same time.
+    """
+
+    everywhere = False
 
 
 class ArgumentError(FordesError, ValueError):
@@ -32,6 +38,10 @@ class StateError(FordesError, RuntimeError):
 
 class CheckpointError(FordesError, RuntimeError):
     """A checkpoint cannot be written, read or used."""
+
+
+class RankError(FordesError, RuntimeError):
+    """A process of a distributed run has failed, or does something else than the others."""
 
 
 class MissingDependencyError(FordesError, ImportError):

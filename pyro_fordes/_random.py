@@ -1,7 +1,7 @@
 """Random numbers of an inference, kept apart from everyone else's."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +63,15 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave torch's global random state as it was, whatever is drawn inside."""
+def preserved_rng(first: Callable[[Callable[[], Any]], Any] | None = None) -> Iterator[None]:
+    """Leave torch's global random state as it was, whatever is drawn inside.
+
+    Args:
+        first: ``Gather.first``, to begin with the state of the first process; None for one's own.
+    """
     state = random_state()
+    if first is not None:
+        torch.set_rng_state(first(torch.get_rng_state))
     try:
         yield
     finally:

@@ -7,13 +7,15 @@ waits anyway.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_fordes._checks import NumericalError
+from pyro_fordes._checks import ArgumentError, NumericalError
+from pyro_fordes.particles import Gather, OneProcess
 from pyro_fordes.rollback import like
 
 POLICIES = ("raise", "skip", "reset")
@@ -122,6 +124,40 @@ def broken_forces(
     return Broken(causes, broken, *_of_shared("force", shared, fine))
 
 
+def of_all(
+    gather: Gather, log_joint: Float[Tensor, " local"], broken: Broken, measured: dict[str, Any]
+) -> tuple[Float[Tensor, " particle"], Broken, dict[str, Any]]:
+    """The same of the particles of all processes, in one message.
+
+    Args:
+        gather: how the processes are joined.
+        log_joint: of each particle here.
+        broken: what is not finite of them; what is shared is the same in all processes.
+        measured: diagnostics; tensors with one number per particle are joined, too.
+    """
+    if isinstance(gather, OneProcess):
+        return log_joint, broken, measured
+    names = [name for name, value in measured.items() if _per_particle(value, len(log_joint))]
+    columns = [log_joint, *broken.particles, *(measured[name] for name in names)]
+    rows = gather(torch.stack([column.to(torch.float64) for column in columns], dim=1))
+    joint, *rest = rows.unbind(1)
+    number = len(broken.particles)
+    particles = torch.stack(rest[:number]).bool()
+    everyone = {
+        name: column.to(measured[name].dtype)
+        for name, column in zip(names, rest[number:], strict=True)
+    }
+    return (
+        joint.to(log_joint.dtype),
+        replace(broken, particles=particles),
+        {**measured, **everyone},
+    )
+
+
+def _per_particle(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.shape == (count,)
+
+
 def broken_values(values: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Broken:
     """Which values are not finite after a step of the optimiser; see `broken_forces`."""
     broken = ~finite_rows(values.values())
@@ -183,6 +219,14 @@ class Faults:
         self._record: _Record | None = None
         self._warned = False
 
+    def check_split(self, split: bool) -> None:
+        """Refuse a policy that needs the other particles, if these are in several processes."""
+        if split and self.policy == "reset":
+            raise ArgumentError(
+                "nan='reset' draws a particle again near one of the others, whose values stay in "
+                "their own process; use nan='skip' or nan='raise' with several processes"
+            )
+
     def waits(self, device: torch.device) -> bool:
         """Whether what is found stays on the device till it is read."""
         return device.type != "cpu" if self.deferred is None else self.deferred
@@ -240,7 +284,9 @@ class Faults:
         what, hint = _describe(record, step, actions.culprits)
         if self.policy == "raise":
             actions.rewind(step)
-            raise NumericalError(f"{what}; the particles were left as they are. {hint}")
+            error = NumericalError(f"{what}; the particles were left as they are. {hint}")
+            error.everywhere = True  # all processes see what was found in any
+            raise error
         particles = (first >= 0).any(0).nonzero().flatten().tolist()
         done = f"particles {particles} were left as they are"
         if self.policy == "reset" and particles and actions.redraw(particles, step):

@@ -381,6 +381,7 @@ def evaluate_in(
             submodules=space.submodules,
             buffers=buffers,
             template=template,
+            draws=log_joint.streams(draw, args, kwargs, first),
         )
     return replace(evaluation, captured=captured)
 
@@ -525,23 +526,31 @@ def _measure(
     driving: list[Tensor],
     repelling: list[Tensor],
 ) -> dict[str, Any]:
-    """Diagnostics of a step, on the device."""
+    """Diagnostics of a step for each particle here, on the device; see `joined_diagnostics`."""
     drive = _norms(driving)
     # On average over steps.
     repel = _norms(repelling) / rule.every if repelling else torch.zeros_like(drive)
-    effective = bandwidth = drive.new_full((), math.nan)
+    inverse = bandwidth = drive.new_full((), math.nan)
     if seen is not None:
-        number, inverse, width = seen
-        effective, bandwidth = number / inverse, width / number
+        inverse, bandwidth = seen[1] / seen[0], seen[2] / seen[0]
     return {
         "step": rule.step,
         "log_joint": evaluation.log_joint.detach(),
         "driving_force": drive,
         "repulsive_force": repel,
-        "force_ratio": repel.mean() / drive.mean(),
-        "effective_particles": effective,
-        "bandwidth": bandwidth,
+        "inverse_effective": inverse.expand(len(drive)),
+        "bandwidth": bandwidth.expand(len(drive)),
     }
+
+
+def joined_diagnostics(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Diagnostics of a step from those of all particles."""
+    found = dict(measured)
+    found["force_ratio"] = found["repulsive_force"].mean() / found["driving_force"].mean()
+    # Where a process knows the kernel of its own particles only, this is the mean over processes.
+    found["effective_particles"] = 1 / found.pop("inverse_effective").mean()
+    found["bandwidth"] = found["bandwidth"].mean()
+    return found
 
 
 def _norms(parts: list[Tensor]) -> Float[Tensor, " particle"]:

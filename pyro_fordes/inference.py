@@ -34,7 +34,7 @@ from pyro_fordes.checkpoint import write
 from pyro_fordes.compiled import CompiledForces
 from pyro_fordes.faults import POLICIES, Faults
 from pyro_fordes.forces import Forces, Rounds, compute_scores, evaluate_all, evaluate_in
-from pyro_fordes.initial import initial_particles
+from pyro_fordes.initial import initial_particles, share_parameters
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
@@ -48,12 +48,21 @@ from pyro_fordes.particles import (
     OneProcess,
     Schedule,
     at_step,
+    count_of,
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import Space
-from pyro_fordes.state import Load, copied, fall_back, finish_loading, state_of, take_state
+from pyro_fordes.state import (
+    Load,
+    copied,
+    fall_back,
+    finish_loading,
+    samples_of,
+    state_of,
+    take_state,
+)
 from pyro_fordes.transports import WGD, Transport
 from pyro_fordes.update import check_start, forces_of, read_faults, update
 
@@ -109,7 +118,8 @@ class ParticleInference:
         clip_norm: bound of the norm, over all sites, of what the optimiser gets as a particle's
             gradient: the whole velocity, both forces, divided by ``num_data``. The gradients of
             shared parameters have the same bound, together. None clips nothing.
-        gather: how particles of other processes are seen.
+        gather: `distributed.Ranks` spreads the particles over the processes that ``torchrun`` has
+            started; the default keeps them all here.
 
     Raises:
         ArgumentError: if an argument cannot be used; nothing has run by then.
@@ -197,18 +207,21 @@ class ParticleInference:
         if clip_norm is not None:
             check_number("clip_norm", clip_norm, minimum=0.0, exclusive=True)
         self.clip_norm = clip_norm
-        self._gather = gather
+        check_part("gather", gather, "split", "OneProcess() or distributed.Ranks()")
+        self._gather = gather.split(num_particles)
+        self._faults.check_split(self._gather != OneProcess())
+        self._stepper.check_split(self._gather != OneProcess())
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ArgumentError(f"seed must be an integer or None, got {seed!r}")
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = self._gather.first(lambda: int(torch.randint(2**62, ())))
         self._seed = seed
         self._random = RandomStream(seed)
         if max_plate_nesting not in (None, 0):
             check_positive_int("max_plate_nesting", max_plate_nesting)
         if not isinstance(compile, bool):
             raise ArgumentError(f"compile must be True or False, got {compile!r}")
-        if compile and (chunk_size is not None or gather != OneProcess()):
+        if compile and (chunk_size is not None or self._gather != OneProcess()):
             raise ArgumentError(
                 f"compile=True makes one graph of a step of all particles in one process, which "
                 f"chunk_size={chunk_size} or gather={gather!r} would cut; leave one of them out"
@@ -252,6 +265,7 @@ class ParticleInference:
             space = self._prepare(space, args, kwargs, scores=self.transport.uses_scores)
         prototype = self._log_joint.prototype(args, kwargs)
         latents = prototype.latents
+        share_parameters(self._log_joint, prototype, self._gather)
         if self._loaded is not None:
             try:
                 finish_loading(self, self._loaded, space, prototype)
@@ -267,8 +281,10 @@ class ParticleInference:
             args,
             kwargs,
             prototype,
+            self._gather,
         )
-        buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
+        count = count_of(self._gather.rows, self.num_particles)
+        buffers = self._log_joint.stack_buffers(prototype, count)
         self._space, self._particles, self._buffers = space, particles, buffers
         self._latents, self._enumerated = latents, prototype.enumerated
         try:
@@ -286,6 +302,15 @@ class ParticleInference:
         prototype = self._log_joint.prototype(args, kwargs)
         setting = self._log_joint.setting(args, kwargs, prototype)
         return space.prepare(replace(setting, scores=scores))
+
+    def _together(self, what: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """A context in which all processes do the same with the same arguments."""
+
+        def content() -> dict[str, Any]:
+            random = self._random.state_dict()
+            return {"data": (args, dict(kwargs)), "random numbers (seed=...)": random}
+
+        return self._gather.together(what, content)
 
     def _forces(self, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
         """The negative velocity of every site."""
@@ -341,11 +366,12 @@ class ParticleInference:
         Returns:
             Mean over particles of the negative log joint.
         """
-        with torch.enable_grad():
-            self.setup(*args, **kwargs)
-        with self._random.active():
-            evaluation = self._evaluate(args, kwargs)
-        return -evaluation.log_joint.mean().item()
+        with self._together("evaluate_loss", args, kwargs):
+            with torch.enable_grad():
+                self.setup(*args, **kwargs)
+            with self._random.active():
+                evaluation = self._evaluate(args, kwargs)
+            return -self._gather(evaluation.log_joint).mean().item()
 
     def run(
         self,
@@ -368,7 +394,8 @@ class ParticleInference:
         Returns:
             The loss of each step taken.
         """
-        return run_steps(self, num_steps, args, kwargs, progress_bar, callback)
+        with self._gather.together("run"):
+            return run_steps(self, num_steps, args, kwargs, progress_bar, callback)
 
     def fit(
         self,
@@ -412,9 +439,10 @@ class ParticleInference:
                 cannot be written to, or if the last checkpoint cannot be written. One on the way
                 that cannot be written is a warning, and the run goes on.
         """
-        return fit_epochs(
-            self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
-        )
+        with self._gather.together("fit"):
+            return fit_epochs(
+                self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to continue bit for bit.
@@ -427,12 +455,13 @@ class ParticleInference:
         Raises:
             StateError: if there are no particles yet.
         """
-        return copied(self._state())
+        return copied(self._state(self._gather))
 
-    def _state(self) -> dict[str, Any]:
-        """What `state_dict` copies."""
+    def _state(self, join: Callable[[Tensor], Any] | None = None) -> dict[str, Any]:
+        """What `state_dict` copies, at the first process only unless it is joined otherwise."""
         self._started()
-        return self._loaded or state_of(self)
+        with self._gather.together("state"):
+            return self._loaded or state_of(self, join or self._gather.collect)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, here or in another process.
@@ -458,7 +487,8 @@ class ParticleInference:
         Raises:
             CheckpointError: if it cannot be written; an older file of that name is unchanged.
         """
-        write(path, self._state())
+        state = self._state()
+        self._gather.first(lambda: str(write(path, state)))
 
     load = Load()
 
@@ -471,28 +501,34 @@ class ParticleInference:
             )
 
     @torch.no_grad()
-    def get_samples(self, num_samples: int | None = None) -> dict[str, Tensor]:
+    def get_samples(
+        self, num_samples: int | None = None, *, gather: bool = False
+    ) -> dict[str, Tensor]:
         """Values of the latent sites in their supports, particle axis first.
 
         Args:
             num_samples: draw this many particles with replacement, as ``MCMC.get_samples`` does;
                 None gives each particle once.
+            gather: whether to give the particles of all processes, where there are several. All of
+                them must ask then; if not, each gets its own particles.
 
         Returns:
             ``{site: (particle, *site shape)}``, detached.
 
         Raises:
             StateError: if there are no particles yet.
+            ArgumentError: if samples are to be drawn from the particles of one of many processes.
         """
         self._started()
-        if self._loaded is None:
-            samples = self._log_joint.constrain(self._particles, self._latents)
-        else:  # without the model's supports, as the state has them
-            samples = {**self._particles, **self._loaded["samples"]}
-        samples = {name: value.detach().clone() for name, value in samples.items()}
+        samples = samples_of(self, gather)
         if num_samples is None:
             return samples
         check_positive_int("num_samples", num_samples)
+        if not gather and self._gather != OneProcess():
+            raise ArgumentError(
+                "get_samples(num_samples) draws from all particles, which are in several "
+                "processes; call get_samples(num_samples, gather=True) in all of them"
+            )
         with self._random.active():
             chosen = torch.randint(self.num_particles, (num_samples,))
         return {name: value[chosen.to(value.device)] for name, value in samples.items()}
@@ -518,11 +554,18 @@ class ParticleInference:
         """
         self._started()
         module = self._log_joint.module
+        here = range(self.num_particles)[self._gather.rows]
         if isinstance(index, bool) or index not in range(self.num_particles):
             raise ArgumentError(
                 f"module(index) must be a particle from 0 to {self.num_particles - 1}, got "
                 f"{index!r}"
             )
+        if index not in here:
+            raise ArgumentError(
+                f"particle {index} is in another process, and those here are {list(here)}; call "
+                f"module({index}) there, or load a checkpoint in one process"
+            )
+        index -= here[0]
         if module is None:
             raise ArgumentError("module(index) needs a model with a network, got a plain function")
         values = {name: value[index] for name, value in self.get_samples().items()}
@@ -533,7 +576,7 @@ class ParticleInference:
         """Values of the latent sites in unconstrained space, where particles move.
 
         Returns:
-            ``{site: (particle, *unconstrained shape)}``, detached.
+            ``{site: (particle, *unconstrained shape)}``, detached; of the particles here.
 
         Raises:
             StateError: if there are no particles yet.
@@ -581,7 +624,7 @@ class ParticleInference:
             ModelError: if the model has discrete latent sites, which are summed out over all
                 observations together.
         """
-        with torch.enable_grad():
+        with self._together("log_likelihood", args, kwargs), torch.enable_grad():
             self.setup(*args, **kwargs)
         summed = self.prototype(*args, **kwargs).enumerated
         if summed:
@@ -589,8 +632,9 @@ class ParticleInference:
                 f"the log likelihood of single observations is not known where the discrete sites "
                 f"{list(summed)} are summed out; log_joint(...) gives that of all"
             )
-        with preserved_rng():
-            return self._evaluate(args, kwargs, pointwise_log_prob).captured
+        with preserved_rng(self._gather.first):
+            found = self._evaluate(args, kwargs, pointwise_log_prob).captured
+        return {name: self._gather(value) for name, value in found.items()}
 
     @torch.no_grad()
     def log_joint(self, *args: Any, **kwargs: Any) -> Float[Tensor, " particle"]:
@@ -600,10 +644,11 @@ class ParticleInference:
             *args: arguments of the model.
             **kwargs: keyword arguments of the model.
         """
-        with torch.enable_grad():
-            self.setup(*args, **kwargs)
-        with preserved_rng():
-            return self._evaluate(args, kwargs).log_joint
+        with self._together("log_joint", args, kwargs):
+            with torch.enable_grad():
+                self.setup(*args, **kwargs)
+            with preserved_rng(self._gather.first):
+                return self._gather(self._evaluate(args, kwargs).log_joint)
 
     @torch.enable_grad()
     def scores(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -617,10 +662,10 @@ class ParticleInference:
 
         Returns:
             ``{site: (particle, *unconstrained shape)}``, detached; zero where the log joint does
-            not depend on a value.
+            not depend on a value. Of the particles here.
         """
         self.setup(*args, **kwargs)
-        with preserved_rng():
+        with preserved_rng(self._gather.first):
             return compute_scores(self._rounds(args, kwargs), self.chunk_size)
 
     @torch.enable_grad()
@@ -642,7 +687,8 @@ class ParticleInference:
         Raises:
             FordesError: if the space does not fit the model and its arguments.
         """
-        self.setup(*args, **kwargs)
+        with self._together("representation", args, kwargs):
+            self.setup(*args, **kwargs)
         if space is None and self.transport.repulsive:
             space = self._space
         else:
@@ -651,9 +697,17 @@ class ParticleInference:
             space = self._prepare(space, args, kwargs)
         # Nothing is differentiated by the particles, which keeps the graph small.
         values = {name: value.detach() for name, value in self._particles.items()}
-        with preserved_rng():
-            evaluation = evaluate_in(space, self._log_joint, values, self._buffers, args, kwargs)
-        return space.represent(evaluation).detach()
+        with preserved_rng(self._gather.first):
+            evaluation = evaluate_in(
+                space,
+                self._log_joint,
+                values,
+                self._buffers,
+                args,
+                kwargs,
+                first=self._gather.rows.start or 0,
+            )
+        return self._gather(space.represent(evaluation).detach())
 
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""

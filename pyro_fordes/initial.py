@@ -9,7 +9,22 @@ from torch import Tensor
 from pyro_fordes._checks import ModelError
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.log_joint import LogJoint
+from pyro_fordes.particles import Gather, OneProcess
 from pyro_fordes.prototype import Prototype
+
+
+def share_parameters(log_joint: LogJoint, prototype: Prototype, gather: Gather) -> None:
+    """Give parameters and buffers of the model the values that they have in the first process."""
+    if isinstance(gather, OneProcess):
+        return
+    own = dict(log_joint.parameters(prototype))
+    if log_joint.module is not None:
+        own |= log_joint.module.state_dict()
+    if own:
+        values = gather.first(lambda: {name: one.detach().clone() for name, one in own.items()})
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(values[name])
 
 
 def initial_particles(
@@ -20,8 +35,9 @@ def initial_particles(
     args: tuple,
     kwargs: Mapping[str, Any],
     prototype: Prototype,
+    gather: Gather = OneProcess(),
 ) -> dict[str, Tensor]:
-    """Draw every particle from a seed of its own and stack them.
+    """Draw every particle of this process from a seed of its own and stack them.
 
     Args:
         log_joint: the model's log joint.
@@ -33,6 +49,7 @@ def initial_particles(
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         prototype: the model's prototype run for these.
+        gather: which of the particles are here.
 
     Returns:
         Unconstrained values, ``(particle, *shape)`` each, that require gradients.
@@ -44,17 +61,22 @@ def initial_particles(
     with preserved_rng():
         torch.manual_seed(seed)
         seeds = torch.randint(2**62, (num_particles,)).tolist()
-        drawn = []
-        for index, own in enumerate(seeds):
-            torch.manual_seed(own)
+
+        def draw(index: int) -> dict[str, Tensor]:
+            torch.manual_seed(seeds[index])
             init = init_loc_fn
             if hasattr(init, "for_particle"):
                 init = init.for_particle(index, shapes)
-            drawn.append(log_joint.initial(init, args, kwargs, prototype.latents))
+            return log_joint.initial(init, args, kwargs, prototype.latents)
+
+        here = range(num_particles)[gather.rows]
+        drawn = [draw(index) for index in here]
+        first = drawn[0] if here[0] == 0 else draw(0)
     particles = {
         name: torch.stack([values[name] for values in drawn]) for name in prototype.latents
     }
-    if num_particles > 1 and all((v == v[:1]).all() for v in particles.values()):
+    (differ,) = gather.any(any(bool((v != first[name]).any()) for name, v in particles.items()))
+    if num_particles > 1 and not differ:
         raise ModelError(
             "all particles start at the same values, and no force could separate them; use an "
             "init_loc_fn that draws, such as init_to_sample or init_to_uniform"

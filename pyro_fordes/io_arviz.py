@@ -58,7 +58,7 @@ def to_arviz(
     """
     arviz = require("arviz")
     check_positive_int("max_site_size", max_site_size)
-    samples = inference.get_samples()
+    samples = inference.get_samples(gather=True)
     unknown = [name for name in sites or () if name not in samples]
     if isinstance(sites, str) or unknown:
         raise ArgumentError(

@@ -12,6 +12,7 @@ see the same minibatch. The model is run unmodified, once for all particles unde
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -246,6 +247,14 @@ class LogJoint:
         """Seeds of all particles, as they follow from a draw."""
         return Draws(draw.seed, 0, self.randomness == "same").seeds(count)
 
+    def streams(
+        self, draw: Draw, args: tuple, kwargs: Mapping[str, Any], first: int = 0
+    ) -> Draws | None:
+        """Random streams of particles from index ``first`` on; None if the model draws nothing."""
+        if not self.prototype(args, kwargs).draws:
+            return None
+        return Draws(draw.seed, first, self.randomness == "same", draw.seeds)
+
     def draw(self, args: tuple, kwargs: Mapping[str, Any]) -> Draw:
         """Minibatches of the subsampled plates and a seed, from the global generator."""
         subsamples = {
@@ -286,9 +295,7 @@ class LogJoint:
         """
         prototype = self.prototype(args, kwargs)
         draw = self.draw(args, kwargs) if draw is None else draw
-        draws = None
-        if prototype.draws:
-            draws = Draws(draw.seed, first, self.randomness == "same", draw.seeds)
+        draws = self.streams(draw, args, kwargs, first)
         _check_values(values, prototype.latents)
         count = len(next(iter(values.values())))
         inputs, place = {}, None
@@ -347,6 +354,7 @@ class LogJoint:
         draw: bool = False,
         chunk_size: int | None = None,
         template: Values | None = None,
+        draws: Draws | None = None,
     ) -> Any:
         """What ``capture`` keeps of each particle's run on arguments without observations.
 
@@ -366,6 +374,7 @@ class LogJoint:
             chunk_size: how many particles are run at a time; None for all.
             template: values of the particle that counts as the first, with a particle axis; None
                 for that of ``values``.
+            draws: seeds of the particles' random numbers; None takes the global generator's.
 
         Returns:
             The tree, with a leading particle axis.
@@ -412,7 +421,9 @@ class LogJoint:
             rows = slice(start, start + (chunk_size or count))
             chunk = {name: value[rows] for name, value in values.items()}
             kept = {name: buffer[rows].clone() for name, buffer in (buffers or {}).items()}
-            parts.append(self._engine.map(run, chunk, {}, kept, "loop" if draw else None)[0][0])
+            own_draws = draws and replace(draws, first=draws.first + start)
+            engine = "loop" if draw else None
+            parts.append(self._engine.map(run, chunk, {}, kept, engine, own_draws)[0][0])
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     def latents(

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pyro_fordes._checks import ArgumentError, CheckpointError, check_positive_int
 from pyro_fordes._random import global_state, set_global_state
 from pyro_fordes.checkpoint import check_writable, newest, write_numbered
+from pyro_fordes.particles import OneProcess
 
 Callback = Callable[[Any, int, float], Any]
 """Called as ``callback(inference, step, loss)``; True stops the loop."""
@@ -130,7 +131,10 @@ class Saver:
         position = self.inference._position
         place = (self.inference._step, position.epoch, position.batch)
         if place != self.written:
-            write_numbered(self.folder, place[0], self.inference._state(), self.keep)
+            state = self.inference._state()
+            self.inference._gather.first(
+                lambda: str(write_numbered(self.folder, place[0], state, self.keep))
+            )
         self.written, self.last = place, time.monotonic()
 
     def try_to_save(self) -> None:
@@ -175,11 +179,22 @@ class Interruptions:
             signal.signal(number, handler)
 
     def end(self) -> None:
-        """Do what the signal asked for, now that all is saved."""
+        """Do what the signal asked for, now that all is saved; it may have reached others only."""
         if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received is not None:
-            raise SystemExit(128 + self.received)
+            raise _Interrupted
+        raise _Ended(128 + (self.received or signal.SIGTERM))
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, raised by all processes of a distributed run at the same step."""
+
+    everywhere = True
+
+
+class _Ended(SystemExit):
+    """The end that a signal asked for, in all processes of a distributed run at the same step."""
+
+    everywhere = True
 
 
 def run_steps(
@@ -194,6 +209,7 @@ def run_steps(
     check_positive_int("num_steps", num_steps)
     _check_callback(callback)
     losses = Losses()
+    progress_bar = progress_bar and inference._gather.leads
     with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
         for _ in range(num_steps):
             loss = inference._update(args, kwargs)
@@ -229,7 +245,8 @@ def fit_epochs(
     inference._position = position
     length = len(loader) if isinstance(loader, Sized) else None
     total = None if length is None else num_epochs * length
-    bar = tqdm(total=total, initial=len(position.losses), disable=not progress_bar, unit="step")
+    shown = progress_bar and inference._gather.leads
+    bar = tqdm(total=total, initial=len(position.losses), disable=not shown, unit="step")
     try:
         with bar, Interruptions(saver is not None) as interruptions:
             for epoch in range(position.epoch, num_epochs):
@@ -262,11 +279,16 @@ def _epoch(
         position.losses.append(loss)
         position.batch += 1
         stop = _after(inference, loss, bar, callback)
-        if saver is not None and (stop or interruptions.received is not None):
-            saver.save()
-        elif saver is not None and saver.due(inference._step):
-            saver.try_to_save()
-        interruptions.end()
+        if saver is not None or callback is not None:
+            signalled = interruptions.received is not None
+            due = saver is not None and saver.due(inference._step)
+            stop, signalled, due = inference._gather.any(stop, signalled, due)
+            if saver is not None and (stop or signalled):
+                saver.save()
+            elif saver is not None and due:
+                saver.try_to_save()
+            if signalled:
+                interruptions.end()
         if stop:
             return True
     if position.batch == 0:
@@ -280,10 +302,16 @@ def _epoch(
 
 
 def _batches(inference: Any, loader: Iterable[Any], position: Position) -> Iterable[Any]:
-    """The batches of an epoch that are not done yet, in the order they had at first."""
+    """The batches of an epoch that are not done yet, in the order they had at first.
+
+    Several processes all take the order of the first.
+    """
+    gather = inference._gather
     done = position.batch
     if done == 0:
-        position.epoch_random = global_state(loader)
+        position.epoch_random = gather.first(lambda: global_state(loader))
+        if not isinstance(gather, OneProcess):
+            set_global_state(position.epoch_random, loader)
         return loader
     if position.epoch_random is not None:
         set_global_state(position.epoch_random, loader)
@@ -312,7 +340,7 @@ def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
     """Where to go on: at the newest checkpoint, or where the inference is if that is further."""
     if Path(folder).is_file():
         raise CheckpointError(f"fit(checkpoint=...) must be a folder, but {folder} is a file")
-    state, skipped = newest(folder)
+    state, skipped = inference._gather.first(lambda: newest(folder))
     if state is None and skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {folder} can be used: {skipped[0]}; "

@@ -25,6 +25,10 @@ class Stepper(Protocol):
         """Move the tensors against their ``.grad``."""
         ...
 
+    def check_split(self, split: bool) -> None:
+        """Refuse options that look across particles, if these are spread over processes."""
+        ...
+
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
         """The torch optimisers of these tensors that were made so far."""
         ...
@@ -150,6 +154,15 @@ class PyroStepper:
                     self.optim.optim_objs.pop(tensor, None)
             raise _not_set_up(parameters, error) from error
 
+    def check_split(self, split: bool) -> None:
+        """Pyro clips the norm of a site's tensor, all particles together."""
+        if split and self.optim.pt_clip_args:
+            raise ArgumentError(
+                f"the clip_args {self.optim.pt_clip_args} of the optimiser bound the norm of all "
+                f"particles' gradients together, which are in several processes; use "
+                f"ParticleInference(clip_norm=...), which bounds that of each particle"
+            )
+
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
         """Each of them once, without the schedulers around them."""
         optims = self.optim.optim_objs
@@ -246,6 +259,9 @@ class TorchStepper:
             )
         _check_first_order(optimizer)
         return optimizer
+
+    def check_split(self, split: bool) -> None:
+        """Nothing is known of the optimiser yet."""
 
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
         """The one that the function made, after the first step."""

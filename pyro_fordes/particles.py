@@ -6,6 +6,7 @@ particles are spread over several.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,19 +145,57 @@ def unravel(flat: Float[Tensor, "particle param"], like: Values) -> dict[str, Te
 
 
 class Gather(Protocol):
-    """How a process that owns some particles sees the others.
+    """How a process that owns some particles works together with those that own the others.
 
-    One process owns all particles (`OneProcess`). An implementation over several ranks gathers
-    representations along the particle axis, in the order of particles.
+    One process owns all particles (`OneProcess`); ``distributed.Ranks`` spreads them over several.
+    All methods but `rows` are called by all processes alike, in the same order.
     """
 
-    def __call__(self, local: Tensor) -> Tensor:
-        """Tensor of all particles from that of the particles here (first axis), detached."""
+    def split(self, num_particles: int) -> "Gather":
+        """The one to work with, once the number of particles is known."""
         ...
 
     @property
     def rows(self) -> slice:
         """Which of all particles are here."""
+        ...
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the first, which writes files."""
+        ...
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Tensor of all particles from that of the particles here (first axis), detached."""
+        ...
+
+    def collect(self, local: Tensor) -> Tensor | None:
+        """The same at the first process only; None at the others."""
+        ...
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over processes of tensors that all of them have."""
+        ...
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What the first process makes: tensors and plain values in dicts, lists and tuples.
+
+        An error that it raises is raised everywhere.
+        """
+        ...
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which flags are set in any process."""
+        ...
+
+    def together(
+        self, what: str, content: Callable[[], Mapping[str, Any]] = dict
+    ) -> AbstractContextManager[None]:
+        """A context for work that all processes do at the same time.
+
+        If it fails in one of them, the others fail as well. They also do if ``content``, trees of
+        tensors and plain values by name, is not the same in all of them.
+        """
         ...
 
 
@@ -169,14 +208,55 @@ class OneProcess:
         torch.Size([2])
     """
 
-    def __call__(self, local: Tensor) -> Tensor:
-        """Return the tensor itself, detached."""
-        return local.detach()
+    def split(self, num_particles: int) -> "OneProcess":
+        """Itself."""
+        return self
 
     @property
     def rows(self) -> slice:
         """All of them."""
         return slice(None)
+
+    @property
+    def leads(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Return the tensor itself, detached."""
+        return local.detach()
+
+    def collect(self, local: Tensor) -> Tensor:
+        """Return the tensor itself, detached."""
+        return local.detach()
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors themselves."""
+        return dict(parts)
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """Return what is made."""
+        return make()
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return the flags themselves."""
+        return flags
+
+    def together(
+        self, what: str, content: Callable[[], Mapping[str, Any]] = dict
+    ) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+
+def count_of(rows: slice, num_particles: int) -> int:
+    """How many of so many particles are in a slice.
+
+    Example:
+        >>> count_of(slice(4, None), 6)
+        2
+    """
+    return len(range(num_particles)[rows])
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from jaxtyping import Float
 from pyro.distributions import Bernoulli, Categorical, OneHotCategorical
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pyro_fordes._checks import ArgumentError, ModelError, check_positive_int
 from pyro_fordes.loops import arguments
 from pyro_fordes.metrics import uncertainty
 from pyro_fordes.particles import Call
+from pyro_fordes.randomness import Draws
 from pyro_fordes.sites import base_distribution, given_parameters, pointwise_log_prob
 
 
@@ -33,6 +35,9 @@ class ParticlePredictive:
 
     Where discrete sites were summed out, `__call__` draws them and what depends on them; the other
     methods refuse.
+
+    Where particles are spread over several processes, all of them call the same methods with the
+    same arguments, and all get what all particles predict.
 
     Raises:
         ArgumentError: if an argument is of the wrong kind.
@@ -261,9 +266,15 @@ class ParticlePredictive:
                 f"draw with ParticlePredictive(inference)(...), and average the draws"
             )
         particles = {name: value.detach() for name, value in inference._particles.items()}
-        with _eval_mode(log_joint.module):
+        gather = inference._gather
+        content = {"arguments": (args, dict(kwargs))}
+        with gather.together("prediction", lambda: content), _eval_mode(log_joint.module):
             latents = inference._latents or log_joint.latents(particles, args, kwargs)
-            return log_joint.replay(
+            draws = None
+            if draw:
+                seed = gather.first(lambda: int(torch.randint(2**62, ())))
+                draws = Draws(seed, gather.rows.start or 0)
+            found = log_joint.replay(
                 particles,
                 args,
                 kwargs,
@@ -272,7 +283,9 @@ class ParticlePredictive:
                 buffers=inference._buffers,
                 draw=draw,
                 chunk_size=self.chunk_size,
+                draws=draws,
             )
+            return pytree.tree_map(gather, found)
 
 
 @contextmanager

@@ -99,6 +99,51 @@ class Draws:
         return Stream(seed)
 
 
+class Noise(TorchFunctionMode):
+    """Inside, noise in the shape of a particle tensor is drawn from the particles' own streams.
+
+    This is for optimisers. Covered are ``randn_like`` and ``rand_like`` of one of the tensors;
+    other random numbers come from the global generator.
+
+    Args:
+        tensors: the particles' tensors, particle axis first.
+        first: index of the first particle here among all.
+
+    Example:
+        >>> both, second = torch.zeros(2, 3), torch.zeros(1, 3)
+        >>> _ = torch.manual_seed(0)
+        >>> with Noise([both]):
+        ...     noise = torch.randn_like(both)
+        >>> _ = torch.manual_seed(0)
+        >>> with Noise([second], first=1):
+        ...     torch.equal(torch.randn_like(second), noise[1:])
+        True
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], first: int = 0) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in tensors}
+        self._first = first
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function, or draw for each particle by itself."""
+        kind = _LIKE.get(func)
+        if kind is None or not args or id(args[0]) not in self._own:
+            return func(*args, **(kwargs or {}))
+        given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        like, seed = args[0], int(torch.randint(2**62, ()))
+        dtype, device = given.get("dtype", like.dtype), given.get("device", like.device)
+        seeds = Draws(seed, self._first).seeds(len(like))
+        return torch.stack(
+            [_draw(one, 0, kind, list(like.shape[1:]), dtype, device) for one in seeds]
+        )
+
+
+_LIKE = {torch.randn_like: "normal", torch.rand_like: "uniform"}
+
+
 class Stream(TorchFunctionMode):
     """Inside, the usual random functions of torch draw from a particle's stream.
 

@@ -15,6 +15,7 @@ from pyro_fordes.checkpoint import read
 from pyro_fordes.faults import Faults
 from pyro_fordes.loops import Position
 from pyro_fordes.optimizers import stepper
+from pyro_fordes.particles import OneProcess
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
 from pyro_fordes.spaces import Space
@@ -34,16 +35,26 @@ _PARTS = (
 )
 
 
-def state_of(inference: Any) -> dict[str, Any]:
-    """The state itself, its tensors those that later steps change: copy it to keep it."""
-    particles, shared = inference._particles, inference._shared
+def state_of(inference: Any, join: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """The state itself, its tensors those that later steps change: copy it to keep it.
+
+    Args:
+        inference: whose state.
+        join: makes of a tensor of the particles here that of all particles.
+    """
+    local, shared = inference._particles, inference._shared
     position = inference._position or inference._resumable
+    particles = {name: join(value.detach()) for name, value in local.items()}
+    constrained = inference._log_joint.constrain(local, inference._latents)
     # The rest of the samples are the particles' own values.
+    identical = [torch.equal(value, local[name]) for name, value in constrained.items()]
+    moved = inference._gather.any(*(not one for one in identical))
     transformed = {
-        name: value
-        for name, value in inference._log_joint.constrain(particles, inference._latents).items()
-        if not torch.equal(value, particles[name])
+        name: join(value)
+        for (name, value), moved in zip(constrained.items(), moved, strict=True)
+        if moved
     }
+    optimizer = inference._stepper.state_dict({**local, **shared})
     return {
         "versions": {
             "pyro_fordes": version("pyro-fordes"),
@@ -51,17 +62,31 @@ def state_of(inference: Any) -> dict[str, Any]:
             "pyro": pyro.__version__,
         },
         "num_particles": inference.num_particles,
-        "particles": {name: value.detach() for name, value in particles.items()},
-        "samples": {name: value.detach() for name, value in transformed.items()},
-        "buffers": dict(inference._buffers),
+        "particles": particles,
+        "samples": transformed,
+        "buffers": {name: join(buffer) for name, buffer in inference._buffers.items()},
         "shared": {name: value.detach() for name, value in shared.items()},
         "enumerated": list(inference._enumerated),
-        "optimizer": inference._stepper.state_dict({**particles, **shared}),
+        "optimizer": per_particle(optimizer, local, join),
         "step": inference._step,
         "random": inference._random.state_dict(),
         "position": None if position is None else position.state_dict(),
         "faults": inference._faults.count,
     }
+
+
+def samples_of(inference: Any, gather: bool) -> dict[str, Tensor]:
+    """Constrained values of the particles here, or of all processes."""
+    join = inference._gather
+    if inference._loaded is None:
+        samples = inference._log_joint.constrain(inference._particles, inference._latents)
+    else:  # without the model's supports, as the state has them
+        saved = inference._loaded["samples"]
+        samples = {**inference._particles, **{name: one[join.rows] for name, one in saved.items()}}
+    if gather:
+        with join.together("get_samples"):
+            samples = {name: join(value) for name, value in samples.items()}
+    return {name: value.detach().clone() for name, value in samples.items()}
 
 
 def take_state(inference: Any, state: Mapping[str, Any]) -> None:
@@ -93,13 +118,14 @@ def take_state(inference: Any, state: Mapping[str, Any]) -> None:
 
 
 def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an inference a state replaces."""
-    count = inference.num_particles
-    particles = {
-        name: value.detach().clone().requires_grad_() for name, value in state["particles"].items()
-    }
-    if any(len(value) != count for value in (*particles.values(), state["faults"])):
+    """What of an inference a state replaces; of the particles, those of this process."""
+    count, rows = inference.num_particles, inference._gather.rows
+    if any(len(value) != count for value in (*state["particles"].values(), state["faults"])):
         raise ValueError(f"not every site has {count} particles")
+    particles = {
+        name: value.detach()[rows].clone().requires_grad_()
+        for name, value in state["particles"].items()
+    }
     random = RandomStream(state["random"]["seed"])
     random.load_state_dict(state["random"])
     faults = Faults(inference._faults.policy, count)
@@ -107,7 +133,7 @@ def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     position = state["position"]
     return {
         "_particles": particles,
-        "_buffers": {name: value.clone() for name, value in state["buffers"].items()},
+        "_buffers": {name: value[rows].clone() for name, value in state["buffers"].items()},
         "_space": inference.kernel.space,
         "_before": Before(),
         "_shared": {},
@@ -141,7 +167,7 @@ def finish_loading(
     """
     log_joint, latents = inference._log_joint, prototype.latents
     particles = _checked_particles(inference._particles, latents)
-    buffers = log_joint.stack_buffers(prototype, inference.num_particles)
+    buffers = log_joint.stack_buffers(prototype, len(next(iter(particles.values()))))
     wrong = [
         name
         for name in buffers.keys() | inference._buffers.keys()
@@ -158,7 +184,9 @@ def finish_loading(
             f"the state has the shared parameters {absent}, which the model lacks"
         )
     shared = {name: parameters[name] for name in state["shared"]}
-    inference._stepper.load_state_dict(state["optimizer"], {**particles, **shared})
+    rows = inference._gather.rows
+    own = per_particle(state["optimizer"], state["particles"], lambda value: value[rows].clone())
+    inference._stepper.load_state_dict(own, {**particles, **shared})
     with torch.no_grad():
         for name, tensor in shared.items():
             tensor.copy_(state["shared"][name])
@@ -168,6 +196,50 @@ def finish_loading(
     inference._particles, inference._shared = particles, shared
     inference._space, inference._latents, inference._loaded = space, latents, None
     inference._fallback = {}
+
+
+def per_particle(
+    optimizer: Mapping[str, Any] | None,
+    particles: Mapping[str, Tensor],
+    change: Callable[[Tensor], Any],
+) -> dict[str, Any] | None:
+    """An optimiser's state, its tensors that have the particles' shape changed.
+
+    Args:
+        optimizer: what a `Stepper` gave.
+        particles: values of the sites in the shapes that the state has.
+        change: function of a tensor with a particle axis.
+    """
+    if optimizer is None:
+        return None
+
+    def changed(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        like = particles.get(name)
+        return {
+            key: change(value)
+            if like is not None and isinstance(value, Tensor) and value.shape == like.shape
+            else value
+            for key, value in entry.items()
+        }
+
+    def restated(names: list[str], state: Mapping[str, Any]) -> dict[str, Any]:
+        entries = {place: changed(names[place], entry) for place, entry in state["state"].items()}
+        return {**state, "state": entries}
+
+    if "order" in optimizer:
+        return {**optimizer, "state": restated(optimizer["order"], optimizer["state"])}
+    sites = {}
+    for name, state in optimizer["sites"].items():
+        if "state" in state:
+            sites[name] = restated([name], state)
+        else:  # a scheduler's, with the optimiser's in it
+            sites[name] = {
+                key: restated([name], value)
+                if isinstance(value, Mapping) and "state" in value
+                else value
+                for key, value in state.items()
+            }
+    return {"sites": sites}
 
 
 def _checked_particles(particles: Mapping[str, Tensor], latents: Any) -> dict[str, Tensor]:
@@ -209,7 +281,7 @@ class Load:
             Raises:
                 CheckpointError: if the file cannot be read or is no state.
             """
-            state = read(path)
+            state = options.get("gather", OneProcess()).first(lambda: read(path))
             made = owner(model, optim, state.get("num_particles", 1), **options)
             made.load_state_dict(state)
             return made
@@ -220,7 +292,7 @@ class Load:
             Raises:
                 CheckpointError: if the file cannot be read or does not fit.
             """
-            instance.load_state_dict(read(path))
+            instance.load_state_dict(instance._gather.first(lambda: read(path)))
 
         return load_new if instance is None else load_here
 

@@ -1,6 +1,7 @@
 """One update of a `ParticleInference`: forces, the optimiser's step, and what may go wrong."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,9 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_fordes._random import RandomStream
-from pyro_fordes.faults import Actions, Broken, Faults, broken_forces, broken_values, clipped
-from pyro_fordes.forces import Forces, Rule, compute_forces
-from pyro_fordes.particles import Call, OneProcess, at_step
+from pyro_fordes.faults import (
+    Actions,
+    Broken,
+    Faults,
+    broken_forces,
+    broken_values,
+    clipped,
+    of_all,
+)
+from pyro_fordes.forces import Forces, Rule, compute_forces, joined_diagnostics
+from pyro_fordes.particles import Call, OneProcess, at_step, count_of
+from pyro_fordes.randomness import Noise
 from pyro_fordes.rollback import like, redraw
 
 
@@ -23,19 +33,21 @@ def check_start(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
     log_joint = forces.evaluation.log_joint
     faults = Faults("raise", inference.num_particles)
     broken = broken_forces(log_joint, forces.compared, forces.gradients, forces.shared_gradients)
+    log_joint, broken, _ = of_all(inference._gather, log_joint, broken, {})
     faults.note(broken, log_joint, inference._step)
     faults.read(_actions(inference, args, kwargs))
 
 
 def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
     """One update; returns the loss before it, on the particles' device."""
-    inference.setup(*args, **kwargs)
-    place = inference._random.place
-    try:
-        loss = _move(inference, args, kwargs)
-    except BaseException:
-        inference._random.place = place  # as if the step had not been tried
-        raise
+    with inference._together(f"step {inference._step}", args, kwargs):
+        inference.setup(*args, **kwargs)
+        place = inference._random.place
+        try:
+            loss = _move(inference, args, kwargs)
+        except BaseException:
+            inference._random.place = place  # as if the step had not been tried
+            raise
     inference._step += 1
     if inference._faults.waits(loss.device):
         inference._last = args, kwargs
@@ -58,8 +70,10 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     broken = broken_forces(log_joint, forces.compared, gradients, shared_gradients)
     faults = inference._faults
     waits = faults.waits(log_joint.device)
+    gather = inference._gather
+    alone = isinstance(gather, OneProcess)  # else faults elsewhere are known at the end of the step
     fault = waits or bool(broken.any)
-    if fault and not waits and (faults.policy == "raise" or bool(broken.rows.all())):
+    if alone and fault and not waits and (faults.policy == "raise" or bool(broken.rows.all())):
         # Nothing has moved yet, and nothing will.
         _tell(inference, broken, log_joint, args, kwargs, place)
         return -log_joint.mean()
@@ -80,9 +94,12 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     stepper, before = inference._stepper, inference._before
     before.take(parameters, stepper.optimizers(parameters))
     try:
-        with inference._random.active():  # an optimiser may draw noise
+        noise = Noise(inference._particles.values(), gather.rows.start or 0)
+        with inference._random.active(), noise:  # an optimiser may draw noise
             stepper.step(parameters)
         broken = broken.joined(broken_values(inference._particles, shared))
+        measured = forces.diagnostics or {}
+        log_joint, broken, measured = of_all(gather, log_joint, broken, measured)
         fault = waits or bool(broken.any)
         if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
             before.restore(parameters, stepper.optimizers(parameters))
@@ -104,6 +121,7 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
                 read_faults(inference)
             halted = faults.note(broken, log_joint, inference._step) & (faults.policy == "raise")
             rows, whole = rows | halted, {name: one | halted for name, one in whole.items()}
+        rows = rows[gather.rows]
         before.restore_broken(parameters, rows, whole)
         buffers = {
             name: torch.where(like(rows, buffer), inference._buffers[name], buffer)
@@ -111,7 +129,7 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
         }
     inference._buffers = buffers
     if forces.diagnostics is not None:
-        inference._diagnostics = forces.diagnostics
+        inference._diagnostics = joined_diagnostics(measured)
     if fault and not waits:
         _tell(inference, broken, log_joint, args, kwargs, place)
     return _mean_loss(log_joint, broken) if fault else -log_joint.mean()
@@ -186,13 +204,22 @@ def _culprits(
             if site["type"] == "sample"
         }
 
+    here = range(inference.num_particles)[inference._gather.rows]
+    if particle not in here:
+        return []
     stream = RandomStream(inference._seed)
     stream.place = inference._random.place if place is None else place
     with torch.no_grad(), stream.active():
         evaluation = inference._log_joint.evaluate(
-            inference._particles, args, kwargs, capture=capture, buffers=inference._buffers
+            inference._particles,
+            args,
+            kwargs,
+            capture=capture,
+            buffers=inference._buffers,
+            first=here[0],
         )
-    return [name for name, value in evaluation.captured.items() if not value[particle].isfinite()]
+    found = evaluation.captured.items()
+    return [name for name, value in found if not value[particle - here[0]].isfinite()]
 
 
 def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: bool) -> Forces:
@@ -214,7 +241,7 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         static=(inference._faults.waits(device) or not isinstance(inference._gather, OneProcess)),
     )
     compute = compute_forces if inference._compiled is None else inference._compiled
-    return compute(
+    forces = compute(
         inference._log_joint,
         inference._particles,
         inference._buffers,
@@ -224,3 +251,7 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         measure=measure,
         chunk_size=inference.chunk_size,
     )
+    gather = inference._gather
+    share = count_of(gather.rows, inference.num_particles) / inference.num_particles
+    means = {name: share * one for name, one in forces.shared_gradients.items()}
+    return replace(forces, shared_gradients=gather.total(means))

@@ -1,0 +1,481 @@
+"""Particles spread over the processes of ``torch.distributed``.
+
+Each process (rank) owns some particles, with their optimiser's state and buffers. What a step sends
+are representations, once, and some numbers per particle: never weights. ``docs/distributed.md``
+says how to start a run and what happens when a rank fails, ``docs/scaling.md`` what it costs.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_fordes._checks import ArgumentError, FordesError, RankError
+from pyro_fordes.particles import Gather, OneProcess
+from pyro_fordes.watch import Watch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Spread the particles over the ranks of ``torch.distributed``.
+
+    Under ``torchrun`` every process makes the same `ParticleInference` with ``gather=Ranks()`` and
+    calls the same methods with the same arguments. A process that was started alone owns all
+    particles, so one script serves both.
+
+    The process group that is there is used; if there is none but ``torchrun``'s variables are set,
+    one is made (NCCL for tensors on GPUs, gloo for others).
+
+    Args:
+        timeout: how long a rank that gives signs of life may keep the others waiting before they
+            stop.
+        silence: after how long without a sign of life a rank counts as dead.
+
+    Raises:
+        ArgumentError: if a time is not above zero, or below two seconds for ``silence``.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_fordes import RBF, ParticleInference, Weights
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> inference = ParticleInference(
+        ...     model, pyro.optim.Adam({"lr": 0.1}), 4, kernel=RBF(Weights()), gather=Ranks()
+        ... )
+        >>> inference.setup()
+        >>> inference.get_samples(gather=True)["z"].shape
+        torch.Size([4])
+    """
+
+    timeout: timedelta = timedelta(minutes=10)
+    silence: timedelta = timedelta(seconds=10)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        for name, least in (("timeout", timedelta(0)), ("silence", timedelta(seconds=2))):
+            value = getattr(self, name)
+            if not isinstance(value, timedelta) or value <= least:
+                raise ArgumentError(
+                    f"Ranks({name}=...) must be a datetime.timedelta above "
+                    f"{least.total_seconds():.0f} seconds, got {value!r}"
+                )
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, 0 if it is alone."""
+        return dist.get_rank() if _joined() else 0
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size() if _joined() else 1
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, or the error that it meets; for use before `split`."""
+        return make() if self.size == 1 else _link(dist.group.WORLD, self).first(make)
+
+    def split(self, num_particles: int) -> Gather:
+        """Share out so many particles, in contiguous blocks of sizes that differ by at most one.
+
+        Raises:
+            ArgumentError: if there are more ranks than particles.
+        """
+        if self.size == 1:
+            return OneProcess()
+        if num_particles < self.size:
+            raise ArgumentError(
+                f"{num_particles} particles cannot be spread over {self.size} ranks: each needs at "
+                f"least one; start fewer ranks or take more particles"
+            )
+        return Shard(_link(dist.group.WORLD, self), blocks(num_particles, self.size))
+
+
+def _joined() -> bool:
+    """Whether there is a process group; makes one if torchrun has started this process."""
+    if not dist.is_available():
+        return False
+    if not dist.is_initialized():
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            return False
+        gpu = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return True
+
+
+@lru_cache(maxsize=1)
+def _link(group: Any, ranks: Ranks) -> "Link":
+    """The connection of a process group: one, whatever number of inferences there are."""
+    return Link(ranks.timeout, ranks.silence)
+
+
+def blocks(num_particles: int, size: int) -> list[range]:
+    """Which particles each of ``size`` ranks owns.
+
+    Example:
+        >>> blocks(5, 2)
+        [range(0, 3), range(3, 5)]
+    """
+    share, rest = divmod(num_particles, size)
+    starts = [rank * share + min(rank, rest) for rank in range(size + 1)]
+    return [range(*pair) for pair in pairwise(starts)]
+
+
+class Link:
+    """Connection of a rank with the others, and what they have agreed upon.
+
+    Args:
+        timeout: see `Ranks`.
+        silence: see `Ranks`.
+    """
+
+    def __init__(self, timeout: timedelta, silence: timedelta) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # Its operations never give up by themselves before the watch does.
+        patience = 2 * timeout + 10 * silence
+        self._group = cast("Any", dist.new_group(backend="gloo", timeout=patience))
+        self._on_gpu = dist.group.WORLD if "nccl" in str(dist.get_backend_config()) else self._group
+        store = dist.distributed_c10d._get_default_store()
+        self._watch = Watch(store, self.rank, self.size, timeout, silence)
+        self._what = "start"
+        self._unread: Tensor | None = None  # whether data on the device differ
+        self._pending: tuple[Any, Tensor, str] | None = None  # a comparison under way
+        self._wait(dist.barrier(group=self._group, async_op=True))
+
+    # ---------------------------------------------------------------- tensors
+
+    def gather(self, block: Tensor) -> Tensor:
+        """Blocks of all ranks, equal in size, one after the other."""
+        self._settle()
+        received = block.new_empty(self.size, *block.shape)
+        if block.numel():
+            self._wait(_all_gather(received, block, self._group_of(block)), block)
+        return received
+
+    def collect(self, block: Tensor) -> Tensor | None:
+        """The same at rank 0 only."""
+        self._settle()
+        received = block.new_empty(self.size, *block.shape) if self.rank == 0 else None
+        if block.numel():
+            parts = None if received is None else list(received.unbind(0))
+            group = self._group_of(block)
+            self._wait(dist.gather(block, parts, dst=0, group=group, async_op=True), block)
+        return received
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over ranks."""
+        self._settle()
+        sums = {name: part.detach().clone() for name, part in parts.items()}
+        for part in sums.values():
+            self._wait(dist.all_reduce(part, group=self._group_of(part), async_op=True), part)
+        return sums
+
+    def _group_of(self, tensor: Tensor) -> Any:
+        return self._on_gpu if tensor.is_cuda else self._group
+
+    def _wait(self, work: Any, sent: Tensor | None = None) -> None:
+        """Wait for an operation: the host on CPUs, the stream of the device on GPUs."""
+        if sent is not None and sent.is_cuda:
+            work.wait()
+        else:
+            self._watch.wait(work)
+
+    # ---------------------------------------------------------------- plain values
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """Broadcast from rank 0 what it makes, or the error that it meets."""
+        self._compare({"what": f"{self._what}, broadcast"})
+        self._settle()
+        content = None
+        if self.rank == 0:
+            try:
+                content = _encoded({"value": make()})
+            except FordesError as error:
+                content = _encoded({"error": [type(error).__name__, str(error)]})
+        length = torch.tensor([0 if content is None else len(content)])
+        self._wait(dist.broadcast(length, 0, group=self._group, async_op=True))
+        if content is None:
+            content = torch.empty(int(length), dtype=torch.uint8)
+        self._wait(dist.broadcast(content, 0, group=self._group, async_op=True))
+        buffer = io.BytesIO(content.numpy().tobytes())
+        found = torch.load(buffer, map_location="cpu", weights_only=True)
+        if "error" in found:
+            name, message = found["error"]
+            kinds = {kind.__name__: kind for kind in FordesError.__subclasses__()}
+            failed = kinds.get(name, RankError)(message)
+            failed.everywhere = True
+            raise failed
+        return found["value"]
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which flags are set at some rank."""
+        self._compare({"what": f"{self._what}, agreement"}, flags)
+        received = self._settle()
+        return tuple(any(int(row) >> place & 1 for row in received) for place in range(len(flags)))
+
+    # ---------------------------------------------------------------- agreement
+
+    @contextmanager
+    def together(
+        self, what: str, content: Callable[[], Mapping[str, Any]] = dict
+    ) -> Iterator[None]:
+        """Compare what the ranks are about to do, and tell the others if this one fails at it.
+
+        The comparison travels while the work begins; it is looked at before anything else is sent.
+        """
+        before, self._what = self._what, what
+        self._watch.at(what)
+        try:
+            named = dict(content())
+            marks = {name: fingerprint(tree) for name, tree in named.items()}
+            self._compare({"what": what, **marks})
+            self._compare_on_gpu(named)
+            yield
+            self._settle()
+        except BaseException as error:
+            if not isinstance(error, RankError) and not getattr(error, "everywhere", False):
+                text = str(error).splitlines()[0] if str(error) else ""
+                self._watch.report(
+                    f"rank {self.rank} stopped at: {what}, with {type(error).__name__}: {text}"
+                )
+            raise
+        finally:
+            self._what = before
+
+    def _compare(self, described: Mapping[str, Any], flags: tuple[bool, ...] = ()) -> None:
+        """Begin to compare with the other ranks, in a message that always has the same size."""
+        self._settle()
+        text = json.dumps(described)
+        bits = sum(int(flag) << place for place, flag in enumerate(flags))
+        sent = torch.tensor([fingerprint(text), bits])
+        received = sent.new_empty(self.size * len(sent))
+        self._pending = _all_gather(received, sent, self._group), received.reshape(-1, 2), text
+
+    def _settle(self) -> Tensor:
+        """Look at the comparison that is under way; returns the flags of all ranks."""
+        if self._pending is None:
+            return torch.zeros(0)
+        work, received, text = self._pending
+        self._pending = None
+        self._wait(work)
+        if bool((received[:, 0] != received[0, 0]).any()):
+            self._differ(text)
+        return received[:, 1]
+
+    def _compare_on_gpu(self, named: Mapping[str, Any]) -> None:
+        """Compare the content of data on devices, and look at what the last comparison found.
+
+        Not at this one, for which the host would wait for the device.
+        """
+        if self._unread is not None and bool(self._unread):
+            self._watch.stop(f"ranks have seen different data before: {self._what}. {_ADVICE}")
+        self._unread = None
+        sums = [_checksum(leaf) for leaf in pytree.tree_leaves(named) if _is_on_gpu(leaf)]
+        if sums:
+            sent = torch.stack(sums)
+            received = sent.new_empty(self.size * len(sums))
+            _all_gather(received, sent, self._on_gpu).wait()
+            rows = received.reshape(self.size, -1)
+            self._unread = (rows != rows[0]).any()
+
+    def _differ(self, described: str) -> None:
+        """Say which rank does something else, or sees something else, than most."""
+        found = [
+            json.loads(text) if text else {"what": "(no answer)"}
+            for text in self._watch.exchange("differs", described)
+        ]
+        keys = [json.dumps(one, sort_keys=True) for one in found]
+        usual = Counter(keys).most_common(1)[0][0]
+        odd = [rank for rank, key in enumerate(keys) if key != usual]
+        usual = json.loads(usual)
+        said = []
+        for rank in odd:
+            other = found[rank]
+            if other["what"] != usual["what"]:
+                said.append(f"rank {rank} is at: {other['what']}, the others at: {usual['what']}")
+                continue
+            names = [name for name in usual if other.get(name) != usual[name]]
+            said.append(f"rank {rank} has other {' and '.join(names)} than the others")
+        self._watch.stop(
+            f"{'; '.join(said) or 'ranks differ'}, at: {found[self.rank]['what']}. {_ADVICE}"
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`Gather` of a rank that owns a block of the particles.
+
+    Attributes:
+        link: connection with the other ranks.
+        blocks: which particles each rank owns.
+    """
+
+    link: Link
+    blocks: list[range]
+
+    def split(self, num_particles: int) -> "Shard":
+        """Itself."""
+        return self
+
+    @property
+    def rows(self) -> slice:
+        """The block of this rank."""
+        own = self.blocks[self.link.rank]
+        return slice(own.start, own.stop)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.link.rank == 0
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """All-gather along the particle axis; blocks are padded to the size of the largest."""
+        return self._unpacked(self.link.gather(self._packed(local)), local)
+
+    def collect(self, local: Tensor) -> Tensor | None:
+        """Gather along the particle axis at rank 0."""
+        received = self.link.collect(self._packed(local))
+        return None if received is None else self._unpacked(received, local)
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over ranks."""
+        return self.link.total(parts)
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, or the error that it meets."""
+        return self.link.first(make)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which flags are set at some rank."""
+        return self.link.any(*flags)
+
+    def together(
+        self, what: str, content: Callable[[], Mapping[str, Any]] = dict
+    ) -> AbstractContextManager[None]:
+        """See `Link.together`."""
+        return self.link.together(what, content)
+
+    def _packed(self, local: Tensor) -> Tensor:
+        """Bytes of this rank's rows, padded to the size of the largest block."""
+        flat, rows = local.detach().reshape(len(local), -1), len(self.blocks[0])
+        if len(flat) < rows:
+            flat = torch.cat([flat, flat.new_zeros(rows - len(flat), flat.shape[1])])
+        return flat.contiguous().view(torch.uint8)
+
+    def _unpacked(self, received: Tensor, like: Tensor) -> Tensor:
+        """Rows of all ranks without the padding."""
+        if len(self.blocks[-1]) < received.shape[1]:
+            parts = [part[: len(own)] for part, own in zip(received, self.blocks, strict=True)]
+            received = torch.cat(parts)
+        else:
+            received = received.flatten(end_dim=1)
+        return received.view(like.dtype).reshape(self.blocks[-1].stop, *like.shape[1:])
+
+
+_ADVICE = (
+    "All ranks must make the same calls with the same batches: shuffle from the same seed on all "
+    "of them, and give every rank the whole data set"
+)
+
+
+def fingerprint(tree: Any) -> int:
+    """A number that is the same for equal trees of tensors, arrays and plain values.
+
+    Of tensors on other devices than the CPU, shape and dtype count.
+
+    Example:
+        >>> fingerprint((torch.ones(2), 3)) == fingerprint((torch.ones(2), 3))
+        True
+        >>> fingerprint(torch.ones(2)) == fingerprint(torch.zeros(2))
+        False
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    leaves, spec = pytree.tree_flatten(tree)
+    digest.update(str(spec).encode())
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            leaf = torch.as_tensor(np.ascontiguousarray(leaf))
+        if isinstance(leaf, Tensor):
+            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
+            if leaf.device.type == "cpu" and leaf.numel():
+                data = leaf.detach().contiguous().reshape(-1)
+                digest.update(data.view(torch.uint8).numpy().data)
+        else:
+            plain = isinstance(leaf, bool | int | float | str | bytes | None)
+            digest.update(f"{leaf!r};".encode() if plain else f"{type(leaf).__name__};".encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _is_on_gpu(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_cuda
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number that follows from a tensor's bytes and their order, computed where it lies."""
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, len(words) + 1, device=words.device)
+    return (words * places * 0x9E3779B97F4A7C1).sum()
+
+
+def _all_gather(received: Tensor, sent: Tensor, group: Any) -> Any:
+    """``all_gather_single``, under the name that older versions of torch have for it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(received.reshape(-1), sent.reshape(-1), group=group, async_op=True)
+
+
+def _encoded(value: Any) -> Tensor:
+    """Bytes of what ``torch.load(weights_only=True)`` can read."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def step_bytes(
+    num_particles: int,
+    num_ranks: int,
+    num_points: int,
+    num_features: int,
+    *,
+    num_sites: int,
+    itemsize: int = 4,
+    scores: bool = False,
+) -> int:
+    r"""Bytes that every rank sends in a step that is not measured.
+
+    .. math:: (R - 1) \left( \lceil M / R \rceil (P F b + 8 (3 + 2 S)) + 16 \right)
+
+    for M particles, R ranks, P points of F features in numbers of b bytes and S sites: the
+    representation; the log joint and whether all is finite, in double precision; and what is
+    compared. Headers of the network come on top. Parameters that particles share add
+    :math:`2 (R - 1) / R` times their size, a measured step five numbers per particle, and an epoch
+    and a checkpoint what `docs/scaling.md` says.
+
+    Args:
+        num_particles: number of particles.
+        num_ranks: number of ranks.
+        num_points: points of the representation (the batch, for input gradients), 0 for none.
+        num_features: features of a point (the input's size, for input gradients).
+        num_sites: number of latent sites.
+        itemsize: bytes of a number.
+        scores: whether the transport sends scores, too (`SVGD`), as large as the representation.
+
+    Example:
+        >>> step_bytes(10, 2, 128, 3 * 32 * 32, num_sites=20)
+        7866056
+    """
+    block = -(-num_particles // num_ranks)
+    represented = num_points * num_features * itemsize * (2 if scores else 1)
+    return (num_ranks - 1) * (block * (represented + 8 * (3 + 2 * num_sites)) + 16)

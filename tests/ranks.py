@@ -1,0 +1,346 @@
+"""Runs functions in several processes, and the functions.
+
+Under torchrun: ``tests/ranks.py NAME OUT OPTIONS``, options as JSON.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+# Imports once, and forks: starting Python for every rank would take most of the time.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pyro_fordes", "torch.utils.data", "tests.models"])
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def run_ranks(name, out, size, *, stuck=(), timeout=90, **options):
+    """Run a function of this file in so many processes; returns exit codes and what they printed.
+
+    Args:
+        stuck: ranks that are not expected to end.
+    """
+    port = free_port()
+    logs = [Path(out).with_suffix(f".{rank}.log") for rank in range(size)]
+    processes = [
+        _CONTEXT.Process(
+            target=_in_rank, args=(name, str(out), rank, size, port, logs[rank], options)
+        )
+        for rank in range(size)
+    ]
+    until = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for rank, process in enumerate(processes):
+            if rank not in stuck:
+                process.join(max(0.1, until - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return codes, [log.read_text() for log in logs]
+
+
+def _in_rank(name, out, rank, size, port, log, options):
+    """What a process does: as under torchrun, what it prints in a file."""
+    import torch
+
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(variables, RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    globals()[name](out, **options)
+
+
+def torchrun(size, script, *arguments, options=(), timeout=240):
+    """Run a script under torchrun; returns what it printed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += ["--master-port", free_port(), *options, str(script), *map(str, arguments)]
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+# ---------------------------------------------------------------- what they run
+
+
+def data():
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    return x, (x.sum(1) > 0).long()
+
+
+def model(dropout=0.0, batch_norm=False, shared=False):
+    """A small classifier with what can go wrong: dropout, BatchNorm, a shared parameter."""
+    import pyro
+    import torch
+    from torch import nn
+
+    from pyro_fordes import bayesianize
+    from tests.models import Classifier
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)]
+    if batch_norm:
+        layers.insert(1, nn.BatchNorm1d(5))
+    if dropout:
+        layers.insert(-1, nn.Dropout(dropout))
+    net = Classifier(bayesianize(nn.Sequential(*layers).double()), num_data=24)
+    if not shared:
+        return net
+
+    def with_shared(x, y=None):
+        shift = pyro.param("shift", torch.zeros(3, dtype=torch.float64))
+        return net(x + shift, y)
+
+    return with_shared
+
+
+def cases():
+    """Inferences to compare, by name: arguments, and arguments of the model."""
+    import pyro
+
+    from pyro_fordes import (
+        RBF,
+        SVGD,
+        WGD,
+        Ensemble,
+        Features,
+        InputGradients,
+        Langevin,
+        Outputs,
+        Weights,
+    )
+
+    gradients = InputGradients("x", output="logits")
+    return {
+        "ensemble": ({"transport": Ensemble()}, {}),
+        "wgd weights": ({"kernel": RBF(Weights())}, {}),
+        "wgd weights calibrated": (
+            {
+                "kernel": RBF(Weights()),
+                "transport": WGD("sge", whiten="diag", calibrate=True),
+            },
+            {},
+        ),
+        "wgd gradients": ({"kernel": RBF(gradients)}, {}),
+        "wgd gradients blob": ({"kernel": RBF(gradients), "transport": WGD("blob")}, {}),
+        "wgd gradients chunks": (
+            {"kernel": RBF(gradients), "chunk_size": 2, "vectorize": "loop"},
+            {"dropout": 0.3},
+        ),
+        "wgd gradients dropout": (
+            {"kernel": RBF(gradients), "repulsion_every": 2, "clip_norm": 1.0},
+            {"dropout": 0.3, "batch_norm": True},
+        ),
+        "svgd weights": ({"kernel": RBF(Weights()), "transport": SVGD()}, {}),
+        "svgd coordinates": (
+            {"kernel": RBF(Weights(group="coordinate")), "transport": SVGD()},
+            {"shared": True},
+        ),
+        "svgd outputs": ({"kernel": RBF(Outputs()), "transport": SVGD()}, {}),
+        "wgd features": ({"kernel": RBF(Features("net.0"))}, {}),
+        "shared": ({"kernel": RBF(Weights())}, {"shared": True}),
+        "langevin": (
+            {
+                "transport": Ensemble(),
+                "optim": pyro.optim.PyroOptim(Langevin, {"lr": 1e-3}),
+            },
+            {},
+        ),
+    }
+
+
+def compare(out, num_steps=20, num_particles=7, only=None):
+    """Take steps in every case, and note everything that comes out."""
+    import pyro
+    import torch
+
+    from pyro_fordes import ParticleInference, ParticlePredictive
+    from pyro_fordes.distributed import Ranks
+
+    ranks = Ranks()
+    found = {}
+    x, y = data()
+    for name, (arguments, options) in cases().items():
+        if only is not None and name not in only:
+            continue
+        pyro.clear_param_store()
+        arguments = {
+            "optim": pyro.optim.Adam({"lr": 0.05}),
+            "diagnostics_every": 7,
+            "seed": 3,
+            "gather": ranks,
+            **arguments,
+        }
+        inference = ParticleInference(model(**options), num_particles=num_particles, **arguments)
+        losses = inference.run(num_steps, x, y, progress_bar=False)
+        torch.manual_seed(5)
+        predict = ParticlePredictive(inference)
+        found[name] = {
+            "losses": losses,
+            **{f"sample {k}": v for k, v in inference.get_samples(gather=True).items()},
+            **{f"diagnostics {k}": torch.as_tensor(v) for k, v in inference.diagnostics().items()},
+            **{f"mean {k}": v for k, v in predict.mean(x).items()},
+            **{f"draw {k}": v.double() for k, v in predict(x).items()},
+            **{f"likelihood {k}": v for k, v in inference.log_likelihood(x, y).items()},
+            "log_joint": inference.log_joint(x, y),
+            "representation": inference.representation(x, y),
+            "loss": torch.tensor(inference.evaluate_loss(x, y)),
+            "drawn": next(iter(inference.get_samples(5, gather=True).values())),
+            **{f"buffer {k}": inference._gather(v) for k, v in inference._buffers.items()},
+            **{f"shared {k}": v.detach() for k, v in inference._shared.items()},
+        }
+    if ranks.rank == 0:
+        torch.save(found, out)
+
+
+def fail(how, patched, rank, step):
+    """Make something go wrong in one rank at a step, before a method of the link does its work."""
+    import torch.distributed as dist
+
+    from pyro_fordes.distributed import Link
+
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    original = getattr(Link, patched)
+
+    def patch(self, *args, **kwargs):
+        if dist.get_rank() == rank and not again and STEP[0] == step:
+            if how == "raise":
+                raise ValueError("no more")
+            if how == "hang":
+                time.sleep(1000)
+            os.kill(os.getpid(), getattr(signal, how))
+            time.sleep(0.1)
+        return original(self, *args, **kwargs)
+
+    setattr(Link, patched, patch)
+
+
+STEP = [0]
+
+
+def train(
+    out,
+    num_particles=5,
+    epochs=4,
+    failure=None,
+    checkpoint=None,
+    data_of=None,
+    timeout=60,
+    silence=20,
+):
+    """Fit with a loader that shuffles; ``failure`` says what goes wrong and when."""
+    import pyro
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from pyro_fordes import RBF, InputGradients, ParticleInference
+    from pyro_fordes.distributed import Ranks
+
+    ranks = Ranks(timeout=timedelta(seconds=timeout), silence=timedelta(seconds=silence))
+    if failure is not None:
+        fail(*failure)
+    torch.manual_seed(11 + ranks.rank)  # rank 0 decides on the order of the data
+    x, y = data()
+    if data_of == ranks.rank:
+        x = x + 1
+    loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+    inference = ParticleInference(
+        model(dropout=0.2, batch_norm=True),
+        pyro.optim.Adam({"lr": 0.05}),
+        num_particles,
+        kernel=RBF(InputGradients("x", output="logits")),
+        seed=3,
+        gather=ranks,
+    )
+
+    def callback(inference, step, loss):
+        STEP[0] = step + 1
+
+    losses = inference.fit(
+        loader,
+        epochs,
+        progress_bar=False,
+        callback=callback,
+        checkpoint=checkpoint,
+        checkpoint_every=None if checkpoint is None else 2,
+    )
+    samples = inference.get_samples(gather=True)
+    state = inference.state_dict()
+    if ranks.rank == 0:
+        torch.save({"losses": losses, **samples, "state": state}, out)
+
+
+def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False):
+    """What a step sends: payload of the messages, and all that the process wrote."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+
+    from pyro_fordes import RBF, SVGD, InputGradients, ParticleInference, Weights, distributed
+
+    def model(x, y):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x @ weight).tanh(), 1.0), obs=y)
+
+    payload, sent = [0], distributed._all_gather
+
+    def counted(received, block, group):
+        payload[0] += (received.numel() - block.numel()) * block.element_size()
+        return sent(received, block, group)
+
+    def written():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["wchar"])
+
+    distributed._all_gather = counted
+    x, y = torch.randn(num_points, num_features, generator=torch.Generator().manual_seed(0)), None
+    y = torch.zeros(num_points)
+    kind = (
+        {"transport": SVGD(), "kernel": RBF(Weights())}
+        if svgd
+        else {"kernel": RBF(InputGradients("x"))}
+    )
+    inference = ParticleInference(
+        model,
+        pyro.optim.Adam({"lr": 0.1}),
+        num_particles,
+        seed=0,
+        gather=distributed.Ranks(),
+        **kind,
+    )
+    inference.run(2, x, y, progress_bar=False)
+    payload[0], before, steps = 0, written(), 20
+    for _ in range(steps):
+        inference._update((x, y), {})
+    after = written()
+    if distributed.Ranks().rank == 0:
+        torch.save({"payload": payload[0] / steps, "written": (after - before) / steps}, out)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    globals()[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3]))

@@ -1,0 +1,267 @@
+"""Particles on several ranks: the same numbers as on one, what is sent, and ranks that fail."""
+
+import re
+from datetime import timedelta
+
+import pyro
+import pytest
+import torch
+
+from pyro_fordes import (
+    RBF,
+    ArgumentError,
+    CheckpointError,
+    Ensemble,
+    ParticleInference,
+    Weights,
+    distributed,
+)
+from pyro_fordes.distributed import Ranks, blocks, fingerprint, step_bytes
+from tests import ranks
+
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of all cases."""
+    out = tmp_path_factory.mktemp("alone") / "out.pt"
+    ranks.compare(str(out))
+    return torch.load(out)
+
+
+def check_ended(codes, printed):
+    assert not any(codes), "\n".join(printed)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_give_the_particles_of_one_process(size, alone, tmp_path):
+    """Seven particles: 4 + 3, and 2 + 2 + 2 + 1."""
+    check_ended(*ranks.run_ranks("compare", tmp_path / "out.pt", size))
+    found = torch.load(tmp_path / "out.pt")
+    assert set(found) == set(alone) == set(ranks.cases())
+    for case, values in alone.items():
+        assert set(found[case]) == set(values)
+        for name, value in values.items():
+            torch.testing.assert_close(
+                found[case][name],
+                value,
+                rtol=0,
+                atol=TOLERANCE,
+                equal_nan=True,
+                msg=f"{case} {name}",
+            )
+
+
+def test_cases_differ(alone):
+    """They would not if, say, dropout or repulsion did nothing."""
+    ends = [values["losses"][-1].item() for values in alone.values()]
+    assert len({round(end, 6) for end in ends}) == len(ends)
+
+
+@pytest.mark.parametrize("svgd", [False, True])
+def test_bytes_of_a_step(svgd, tmp_path):
+    """Those that the formula says, by the messages' sizes and by what the process has written."""
+    points, features = (1, 2000) if svgd else (10, 200)
+    options = {"num_particles": 5, "num_features": features, "num_points": 10, "svgd": svgd}
+    check_ended(*ranks.run_ranks("count_bytes", tmp_path / "out.pt", 3, **options))
+    found = torch.load(tmp_path / "out.pt")
+    formula = step_bytes(5, 3, points, features, num_sites=1, scores=svgd)
+    # The first step is measured, and so is none of the twenty after it.
+    assert found["payload"] == formula
+    assert formula <= found["written"] <= 1.05 * formula + 2000
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A fit by one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out.pt"
+    ranks.train(str(out))
+    return torch.load(out, weights_only=True)
+
+
+def check_same(found, wanted):
+    for name in set(wanted) - {"state"}:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=TOLERANCE)
+
+
+def test_a_checkpoint_of_three_ranks_is_continued_by_any_number(undisturbed, tmp_path):
+    """Optimiser state, BatchNorm's buffers and the loader's order included."""
+    begin = {"epochs": 2, "checkpoint": str(tmp_path / "run")}
+    check_ended(*ranks.run_ranks("train", tmp_path / "three.pt", 3, **begin))
+    state = torch.load(tmp_path / "three.pt", weights_only=True)["state"]
+    assert {len(value) for value in state["particles"].values()} == {5}
+    go_on = {"epochs": 3, "checkpoint": str(tmp_path / "run")}
+    check_ended(*ranks.run_ranks("train", tmp_path / "two.pt", 2, **go_on))
+    ranks.train(str(tmp_path / "one.pt"), checkpoint=str(tmp_path / "run"))
+    check_same(torch.load(tmp_path / "one.pt", weights_only=True), undisturbed)
+
+
+def test_restarted_by_torchrun(undisturbed, tmp_path):
+    """A rank is killed while a checkpoint is written; the others stop, and all begin again."""
+    failure = '["SIGKILL", "collect", 1, 6]'
+    options = f'{{"checkpoint": "{tmp_path}/run", "failure": {failure}, "silence": 5}}'
+    script = ranks.ROOT / "tests" / "ranks.py"
+    run = ranks.torchrun(
+        2, script, "train", tmp_path / "out.pt", options, options=["--max-restarts", "1"]
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"rank:?\s*1.*SIGKILL|exitcode: -9", run.stderr)
+    check_same(torch.load(tmp_path / "out.pt", weights_only=True), undisturbed)
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("failure", "culprit", "said"),
+    [
+        (["SIGKILL", "together", 1, 5], 1, "rank 1 has given no sign of life for 5 seconds"),
+        (["SIGKILL", "gather", 2, 5], 2, "rank 2 has given no sign of life for 5 seconds"),
+        (["SIGKILL", "collect", 1, 4], 1, "rank 1 has given no sign of life for 5 seconds"),
+        (["SIGKILL", "gather", 0, 5], 0, "rank 0 .*died"),
+        (["hang", "gather", 1, 5], 1, r"rank 1 \(at: step 5\) kept the others waiting for more"),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_is_named(failure, culprit, said, tmp_path):
+    options = {"failure": failure, "checkpoint": str(tmp_path / "run"), "timeout": 8, "silence": 5}
+    codes, printed = ranks.run_ranks(
+        "train", tmp_path / "out.pt", 3, timeout=60, stuck=[culprit], **options
+    )
+    for rank in {0, 1, 2} - {culprit}:
+        assert codes[rank] == 1, printed[rank]
+        assert re.search(f"RankError: {said}" if culprit else said, printed[rank]), printed[rank]
+    left = list((tmp_path / "run").iterdir())
+    assert [path.name for path in left if path.name.startswith("step")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"failure": ["raise", "gather", 1, 5]},
+            "RankError: rank 1 stopped at: step 5, with ValueError: no more",
+        ),
+        ({"data_of": 2}, "RankError: rank 2 has other data than the others, at: step 0"),
+    ],
+)
+def test_a_rank_that_does_something_else_is_named(options, said, tmp_path):
+    codes, printed = ranks.run_ranks("train", tmp_path / "out.pt", 3, timeout=60, **options)
+    assert codes == [1, 1, 1]
+    for text in printed[::2]:
+        assert said in text
+
+
+def test_a_signal_to_one_rank_lets_all_save_and_end(undisturbed, tmp_path):
+    options = {"checkpoint": str(tmp_path / "run"), "failure": ["SIGTERM", "gather", 1, 5]}
+    codes, printed = ranks.run_ranks("train", tmp_path / "out.pt", 2, **options)
+    assert codes == [143, 143], printed
+    assert (tmp_path / "run" / "step-000000006.pt").exists()
+    ranks.train(str(tmp_path / "one.pt"), checkpoint=str(tmp_path / "run"))
+    check_same(torch.load(tmp_path / "one.pt", weights_only=True), undisturbed)
+
+
+# ---------------------------------------------------------------- in one process
+
+
+def test_blocks_cover_all_particles_evenly():
+    for num_particles in range(1, 12):
+        for size in range(1, num_particles + 1):
+            found = blocks(num_particles, size)
+            assert [index for block in found for index in block] == list(range(num_particles))
+            assert {len(block) for block in found} <= {len(found[0]), len(found[0]) - 1}
+            assert len(found) == size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": 5}, {"timeout": timedelta(0)}, {"silence": timedelta(seconds=1)}],
+)
+def test_times_are_checked(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        Ranks(**options)
+
+
+def test_gather_must_be_a_part():
+    with pytest.raises(ArgumentError, match="write Ranks"):
+        ParticleInference(lambda: None, pyro.optim.Adam({}), 2, gather=Ranks)
+
+
+def test_fewer_particles_than_ranks(monkeypatch):
+    monkeypatch.setattr(Ranks, "size", 3)
+    with pytest.raises(ArgumentError, match="2 particles cannot be spread over 3 ranks"):
+        Ranks().split(2)
+
+
+def test_alone_is_one_process():
+    assert Ranks().size == 1
+    assert Ranks().rank == 0
+    inference = ParticleInference(
+        lambda: pyro.sample("z", pyro.distributions.Normal(0.0, 1.0)),
+        pyro.optim.Adam({"lr": 0.1}),
+        3,
+        kernel=RBF(Weights()),
+        gather=Ranks(),
+    )
+    inference.setup()
+    assert inference.get_samples(gather=True)["z"].shape == (3,)
+
+
+def shard(rank=0, size=2, num_particles=4):
+    """A shard that must not send anything."""
+    link = type("Link", (), {"rank": rank, "size": size, "first": lambda self, make: make()})()
+    return distributed.Shard(link, blocks(num_particles, size))
+
+
+class Split:
+    def split(self, num_particles):
+        return shard(num_particles=num_particles)
+
+    first = None
+
+
+def test_what_cannot_be_split_is_refused():
+    arguments = {"transport": Ensemble(), "gather": Split()}
+    adam = pyro.optim.Adam({"lr": 0.1})
+    with pytest.raises(ArgumentError, match="nan='reset'"):
+        ParticleInference(lambda: None, adam, 4, nan="reset", **arguments)
+    clipping = pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0})
+    with pytest.raises(ArgumentError, match="clip_args"):
+        ParticleInference(lambda: None, clipping, 4, **arguments)
+    with pytest.raises(ArgumentError, match="compile=True"):
+        ParticleInference(lambda: None, adam, 4, compile=True, **arguments)
+
+
+def test_fingerprints_tell_data_apart():
+    x = torch.arange(6.0)
+    trees = [
+        x,
+        x.reshape(2, 3),
+        x.double(),
+        x.flip(0),
+        (x, x),
+        {"x": x},
+        (x, 1),
+        (x, 2),
+        (x, None),
+        x.numpy(),
+        torch.zeros(0),
+    ]
+    assert len({fingerprint(tree) for tree in trees}) == len(trees) - 1  # numpy's is the tensor's
+    assert fingerprint(x[::2]) == fingerprint(x[::2].contiguous())
+
+
+def test_checksums_on_devices_depend_on_order():
+    x = torch.arange(6.0)
+    assert distributed._checksum(x) == distributed._checksum(x.clone())
+    assert distributed._checksum(x) != distributed._checksum(x.flip(0))
+
+
+def test_errors_of_the_first_process_keep_their_kind(tmp_path):
+    with pytest.raises(CheckpointError):
+        ParticleInference.load(
+            tmp_path / "none.pt", lambda: None, pyro.optim.Adam({}), gather=Ranks()
+        )
