@@ -43,6 +43,7 @@ _EXTRAS = {
     "matplotlib": "plots",
     "sklearn": "eval",
     "torchvision": "vision",
+    "xarray": "arviz",
 }
 
 

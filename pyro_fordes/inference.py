@@ -205,6 +205,7 @@ class ParticleInference:
         self._before: dict[str, Tensor] = {}
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
+        self._trajectory: Any = None  # the last one that recorded this inference
         self._step = 0
         self._shared: dict[str, Tensor] = {}
         self._enumerated: tuple[str, ...] = ()

@@ -280,8 +280,10 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
     bar.update()
     # Reading a number waits for the device, so not at every step.
     if not bar.disable and step % 10 == 0:
-        ratio = inference.diagnostics()["force_ratio"]
-        bar.set_postfix(loss=f"{loss.item():.4g}", force_ratio=f"{ratio:.2g}")
+        shown = {"loss": f"{loss.item():.4g}"}
+        if inference._diagnostics is not None:  # none is measured right after loading
+            shown["force_ratio"] = f"{inference.diagnostics()['force_ratio']:.2g}"
+        bar.set_postfix(shown)
     return callback is not None and callback(inference, step, loss.item()) is True
 
 

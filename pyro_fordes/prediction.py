@@ -261,7 +261,7 @@ class ParticlePredictive:
                 f"draw with ParticlePredictive(inference)(...), and average the draws"
             )
         particles = {name: value.detach() for name, value in inference._particles.items()}
-        with _eval_mode(log_joint.module):
+        with eval_mode(log_joint.module):
             latents = inference._latents or log_joint.latents(particles, args, kwargs)
             return log_joint.replay(
                 particles,
@@ -276,7 +276,7 @@ class ParticlePredictive:
 
 
 @contextmanager
-def _eval_mode(module: torch.nn.Module | None) -> Iterator[None]:
+def eval_mode(module: torch.nn.Module | None) -> Iterator[None]:
     """A module in eval mode, and every submodule in its own mode again after."""
     training = [] if module is None else [m for m in module.modules() if m.training]
     for one in training:
