@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -64,7 +64,7 @@ class Request:
 
 
 class SameMinibatch(Messenger):
-    """Gives plates that draw a minibatch the same indices at every run.
+    """Gives plates that draw a minibatch of the same size the same indices at every run.
 
     Args:
         indices: the indices, by plate.
@@ -82,9 +82,31 @@ class SameMinibatch(Messenger):
         self._indices = indices
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["name"] in self._indices:
-            msg["value"] = self._indices[msg["name"]]
+        if not site_is_subsample(msg):
+            return
+        indices = self._indices.get(msg["name"])
+        if indices is not None and len(indices) == msg["fn"].subsample_size:
+            msg["value"] = indices
             msg["done"] = True
+
+
+class DrawObservations(UnconditionMessenger):
+    """Draws observed sites instead of observing them; deterministic sites and factors stay.
+
+    Pyro's ``uncondition`` draws those too, from distributions that plates have made larger.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> with DrawObservations():
+        ...     float(pyro.sample("y", dist.Delta(torch.ones(())), obs=torch.zeros(())))
+        1.0
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        infer = msg["infer"] or {}
+        if not (infer.get("_deterministic", False) or infer.get("is_auxiliary", False)):
+            super()._pyro_sample(msg)
 
 
 class Exporter:
@@ -215,7 +237,7 @@ class Exporter:
         if not names:
             return {}
         predict = ParticlePredictive(self.inference, names, self.request.chunk_size)
-        with poutine.uncondition():
+        with DrawObservations():
             return predict(*args, **kwargs)
 
     def _add_densities(self) -> None:
@@ -258,7 +280,7 @@ class Exporter:
             for name in self.observed
             if self._fits("prior_predictive", name, count * _numel(self.nodes[name]["value"]))
         ]
-        with poutine.uncondition():
+        with DrawObservations():
             runs = [
                 self.inference._log_joint.draw(self.args, self.kwargs).nodes for _ in range(count)
             ]

@@ -22,6 +22,7 @@ class Labels:
         coords: the user's labels of a dimension's entries, by dimension.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> trace = pyro.poutine.trace(lambda: pyro.sample("w", dist.Normal(torch.zeros(2), 1.0)))
         >>> site = trace.get_trace().nodes["w"]
@@ -105,7 +106,7 @@ class Labels:
         """An xarray Dataset of variables.
 
         A name that two dimensions of different lengths would share, or a dimension and a variable,
-        gives way to a number.
+        gives way to a number. Slashes, which separate groups in files, become dots.
 
         Args:
             variables: arrays and their own dimensions.
@@ -118,13 +119,20 @@ class Labels:
         xarray = require("xarray")
         sizes: dict[str, int] = {}
         data = {}
+        names = {name: _without_slash(name) for name in variables}
         for name, (array, dims) in variables.items():
             used = list(sample)
             for axis, (dim, size) in enumerate(zip(dims, array.shape[len(sample) :], strict=True)):
-                clash = dim in variables or dim in used or sizes.get(dim, size) != size
-                used.append(f"{name}_dim_{axis}" if clash else dim)
+                dim = _without_slash(dim)
+                clash = dim in names.values() or dim in used or sizes.get(dim, size) != size
+                used.append(f"{names[name]}_dim_{axis}" if clash else dim)
             sizes.update(zip(used, array.shape, strict=True))
-            data[name] = (used, array)
+            if names[name] in data:
+                raise ArgumentError(
+                    f"site {name!r} would be called {names[name]!r}, as another one is; leave one "
+                    f"of them out with sites=[...]"
+                )
+            data[names[name]] = (used, array)
         coords = {dim: np.arange(size) for dim, size in sizes.items()}
         for dim, labels in self.coords.items():
             if dim not in sizes:
@@ -154,3 +162,7 @@ class Labels:
             raise ArgumentError(
                 f"to_arviz(coords=...) names {unknown}, but the dimensions are {sorted(known)}"
             )
+
+
+def _without_slash(name: str) -> str:
+    return name.replace("/", ".")
