@@ -126,7 +126,10 @@ def test_loo_is_the_exact_one(exported):
     assert abs(float(found.se) / (exact.std(ddof=1) * math.sqrt(NUM_DATA)) - 1) < 0.1
 
 
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution")
+@pytest.mark.filterwarnings(
+    "ignore:Estimated shape parameter of Pareto distribution",
+    "ignore:The inplace keyword in DataFrame",  # pandas, of ArviZ 0.23
+)
 def test_compare_of_ensemble_and_forde():
     """As few networks as ArviZ 1.x's loo takes, on a curve."""
     x = torch.linspace(-2, 2, NUM_DATA)[:, None] * torch.tensor([[1.0, -0.5]])
