@@ -282,7 +282,8 @@ class Exporter:
         ]
         with DrawObservations():
             runs = [
-                self.inference._log_joint.draw(self.args, self.kwargs).nodes for _ in range(count)
+                self.inference._log_joint.prior_trace(self.args, self.kwargs).nodes
+                for _ in range(count)
             ]
         for name in (*chosen, *drawn):
             group = "prior_predictive" if name in drawn else "prior"
@@ -302,7 +303,9 @@ class Exporter:
         inference = self.inference
 
         def capture(call: Call) -> dict[str, Tensor]:
-            return {name: torch.as_tensor(call.trace.nodes[name]["value"]) for name in self.observed}
+            return {
+                name: torch.as_tensor(call.trace.nodes[name]["value"]) for name in self.observed
+            }
 
         if not self.observed:
             return {}
@@ -329,11 +332,14 @@ class Exporter:
                     )
                     self._add("predictions", name, values, dims)
         given = self._arguments(args, kwargs)
-        sizes = {}
-        for name, (values, dims) in self.groups.get("predictions", {}).items():
+        sizes: dict[str, int] = {}
+        for values, dims in self.groups.get("predictions", {}).values():
             sizes.update(zip(dims, values.shape[2:], strict=True))
         self._add_arguments(
-            "predictions_constant_data", given, {}, {k: n for k, n in sizes.items() if k in self._plates()}
+            "predictions_constant_data",
+            given,
+            {},
+            {k: n for k, n in sizes.items() if k in self._plates()},
         )
 
     def _add_arguments(
@@ -361,7 +367,9 @@ class Exporter:
             name, value = known.locate(key, args, kwargs)
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 inner = [str(getattr(step, "key", getattr(step, "idx", step))) for step in path]
-                if isinstance(leaf, Tensor | np.ndarray | int | float) and not isinstance(leaf, bool):
+                if isinstance(leaf, Tensor | np.ndarray | int | float) and not isinstance(
+                    leaf, bool
+                ):
                     found["_".join([name, *inner])] = torch.as_tensor(leaf)
         return found
 

@@ -51,6 +51,7 @@ from pyro_fordes.prototype import Prototype
 from pyro_fordes.sites import pointwise_log_prob
 from pyro_fordes.spaces import Space
 from pyro_fordes.state import Load, copied, finish_loading, state_of, take_state
+from pyro_fordes.summary import LossHistory, Summary, summarize
 from pyro_fordes.transports import WGD, Transport
 from pyro_fordes.update import check_start, forces_of, update
 
@@ -206,6 +207,8 @@ class ParticleInference:
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
         self._trajectory: Any = None  # the last one that recorded this inference
+        self._losses = LossHistory()
+        self._batches_per_epoch = 0
         self._step = 0
         self._shared: dict[str, Tensor] = {}
         self._enumerated: tuple[str, ...] = ()
@@ -530,6 +533,23 @@ class ParticleInference:
             name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
             for name, value in self._diagnostics.items()
         }
+
+    def summary(self, max_sites: int = 20) -> Summary:
+        """A table of sites, diagnostics and warnings, to be printed or read by name.
+
+        Args:
+            max_sites: how many sites the text has at most.
+
+        Returns:
+            A `Summary`: ``sites``, ``diagnostics`` of the last measured step, and ``warnings`` of
+            particles that collapsed, repulsion that is negligible or dominates, a likelihood scale
+            that looks wrong, and a loss that still moves. Each rule says when it warns:
+            ``pyro_fordes.summary``. Its text has one line for each.
+
+        Raises:
+            StateError: if there are no particles yet.
+        """
+        return summarize(self, max_sites)
 
     @torch.no_grad()
     def log_likelihood(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -68,8 +68,9 @@ def to_arviz(
 
     Returns:
         These groups, as far as the model has something for them: ``posterior``;
-        ``posterior_predictive``, drawn with the same arguments; ``predictions``; ``log_likelihood``,
-        pointwise and not scaled by plates (not where discrete latent sites are summed out);
+        ``posterior_predictive``, drawn with the same arguments; ``predictions``;
+        ``log_likelihood``, pointwise and not scaled by plates (not where discrete latent sites are
+        summed out);
         ``prior`` and ``prior_predictive``; ``observed_data``, ``constant_data`` and
         ``predictions_constant_data``, the tensors among the arguments; and ``sample_stats``: the
         log joint ``lp`` of each particle for these arguments, and of the last measured step (see
@@ -127,7 +128,9 @@ def to_arviz(
             torch.manual_seed(seed + index)
             prototype = chain.prototype(*args, **kwargs)
             plates = {name: prototype.trace.nodes[name]["value"] for name in prototype.plates}
-            export = Exporter(chain, args, kwargs, replace(request, prior=prior if index == 0 else None))
+            export = Exporter(
+                chain, args, kwargs, replace(request, prior=prior if index == 0 else None)
+            )
             if index == 0:
                 labels.check(export.names())
             with SameMinibatch(plates):

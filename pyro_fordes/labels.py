@@ -66,7 +66,9 @@ class Labels:
             return tuple(given[:rank])
         return self.named(name, site, rank, 0)
 
-    def named(self, name: str, site: Mapping[str, Any], rank: int, event_dim: int) -> tuple[str, ...]:
+    def named(
+        self, name: str, site: Mapping[str, Any], rank: int, event_dim: int
+    ) -> tuple[str, ...]:
         """Names of ``rank`` dimensions, of which the last ``event_dim`` belong to no plate."""
         given = self.dims.get(name)
         if given is not None:

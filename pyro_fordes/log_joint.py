@@ -420,9 +420,9 @@ class LogJoint:
     ) -> dict[str, Latent]:
         """Latent sites by name, from a run on arguments without observations."""
         with preserved_rng():
-            return latents_of(self.draw(args, kwargs), names)
+            return latents_of(self.prior_trace(args, kwargs), names)
 
-    def draw(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def prior_trace(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Trace of one run that draws the latent sites from their priors.
 
         The module's buffers are left as they are.

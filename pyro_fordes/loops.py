@@ -218,6 +218,7 @@ def _epoch(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
             "fewer points than a batch?"
         )
+    inference._batches_per_epoch = max(inference._batches_per_epoch, position.batch)
     inference._stepper.end_epoch(float(_stacked(position.losses[-position.batch :]).mean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False

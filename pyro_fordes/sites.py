@@ -90,8 +90,9 @@ def deterministic_sites(trace: Any) -> list[str]:
 
     Example:
         >>> import pyro
-        >>> trace = pyro.poutine.trace(lambda: pyro.deterministic("one", torch.ones(()))).get_trace()
-        >>> deterministic_sites(trace)
+        >>> def model():
+        ...     pyro.deterministic("one", torch.ones(()))
+        >>> deterministic_sites(pyro.poutine.trace(model).get_trace())
         ['one']
     """
     return [
@@ -132,7 +133,9 @@ def choose_sites(
             f"{where}(sites=...) must be a list of names or patterns of sites, got {sites!r}; the "
             f"model has {list(sizes)}"
         )
-    matched = [name for name in sizes if any(name == one or fnmatchcase(name, one) for one in asked)]
+    matched = [
+        name for name in sizes if any(name == one or fnmatchcase(name, one) for one in asked)
+    ]
     chosen = [name for name in matched if name in asked or sizes[name] <= max_size]
     return chosen, [name for name in matched if name not in chosen]
 

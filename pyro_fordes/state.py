@@ -78,6 +78,7 @@ def take_state(inference: Any, state: Mapping[str, Any]) -> None:
     inference._buffers = {name: value.clone() for name, value in state["buffers"].items()}
     inference._space, inference._before = inference.kernel.space, {}
     inference._shared, inference._diagnostics = {}, None
+    inference._losses.clear()
     inference._enumerated = tuple(state["enumerated"])
     inference._step, inference._seed = state["step"], state["random"]["seed"]
     inference._random.load_state_dict(state["random"])

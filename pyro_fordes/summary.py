@@ -350,7 +350,10 @@ def _likelihood(inference: Any) -> tuple[dict[str, float], dict[str, int]]:
     names = observed_sites(first.trace)
     scales = {name: torch.as_tensor(nodes[name]["scale"]).double() for name in names}
     return (
-        {name: 1.0 if (scale == 1).all() else scale.mean().item() for name, scale in scales.items()},
+        {
+            name: 1.0 if (scale == 1).all() else scale.mean().item()
+            for name, scale in scales.items()
+        },
         {name: torch.as_tensor(nodes[name]["log_prob"]).numel() for name in names},
     )
 

@@ -101,7 +101,9 @@ def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tens
     if forces.diagnostics is not None:
         inference._diagnostics = forces.diagnostics
     inference._step += 1
-    return -log_joint.mean()
+    loss = -log_joint.mean()
+    inference._losses.add(loss)
+    return loss
 
 
 def _copy(inference: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

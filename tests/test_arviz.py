@@ -54,9 +54,7 @@ def particles_of(model, count, seed=0, steps=150, callback=None, **options):
         "init_loc_fn": init_to_uniform(radius=2.0),
         **options,
     }
-    inference = ParticleInference(
-        model, pyro.optim.Adam({"lr": 0.05}), count, seed=seed, **options
-    )
+    inference = ParticleInference(model, pyro.optim.Adam({"lr": 0.05}), count, seed=seed, **options)
     inference.run(steps, Y, progress_bar=False, callback=callback)
     return inference
 
@@ -136,7 +134,10 @@ def test_compare_of_ensemble_and_forde():
     y = x[:, 0].sin()
     inputs = RBF(InputGradients("x"))
     compared = {}
-    for name, options in {"ensemble": {"transport": Ensemble()}, "forde": {"kernel": inputs}}.items():
+    for name, options in {
+        "ensemble": {"transport": Ensemble()},
+        "forde": {"kernel": inputs},
+    }.items():
         net = bayesianize(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)))
         inference = ParticleInference(
             Regression(net), pyro.optim.Adam({"lr": 0.02}), 25, seed=0, **options

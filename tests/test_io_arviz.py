@@ -187,13 +187,15 @@ def test_nothing_large_is_left_out_silently(trained):
         data = to_arviz(trained, X, Y, max_site_size=29)
     assert "large" not in data["posterior"]
     assert data["posterior"].attrs["omitted_sites"] == "large"
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="raise max_size") as warned:
         data = to_arviz(trained, X, Y, max_size=200)  # the 250 of 25 particles and 10 rows are more
     message = str(warned[0].message)
     for part in ("posterior_predictive['y'] (250 values)", "log_likelihood['y']", "raise max_size"):
         assert part in message
     assert groups_of(data) == {"posterior", "sample_stats", "observed_data", "constant_data"}
-    with pytest.warns(UserWarning, match=r"observed_data\['y'\] \(10 values\), constant_data\['x'\]"):
+    with pytest.warns(
+        UserWarning, match=r"observed_data\['y'\] \(10 values\), constant_data\['x'\]"
+    ):
         to_arviz(trained, X, Y, max_size=9)
     data = to_arviz(trained, X, Y, max_size=1, groups=["log_likelihood"])  # named, so wanted
     assert groups_of(data) == {"log_likelihood"}
@@ -218,7 +220,9 @@ def test_dimensions_and_coordinates_from_the_user(trained):
         dims={"w": ["feature"], "y": ["row"], "x": ["row"]},
         coords={"feature": ["bias", "slope"], "groups": list("abc"), "row": np.arange(10) * 10},
     )
-    assert float(data["posterior"]["w"].sel(feature="slope")[0, 3]) == trained.get_samples()["w"][3, 1]
+    assert (
+        float(data["posterior"]["w"].sel(feature="slope")[0, 3]) == trained.get_samples()["w"][3, 1]
+    )
     assert list(data["posterior"]["offset"].coords["groups"].values) == ["a", "b", "c"]
     for group in ("observed_data", "log_likelihood", "posterior_predictive", "constant_data"):
         assert list(data[group].coords["row"].values) == list(range(0, 100, 10))
@@ -397,7 +401,7 @@ def test_names_with_slashes():
 def test_what_cannot_be_exported_says_so(trained):
     with pytest.raises(StateError, match="no particles yet"):
         to_arviz(start(model), X, Y)
-    with pytest.raises(ArgumentError, match="groups=.*must be a list of names from"):
+    with pytest.raises(ArgumentError, match=r"groups=.*must be a list of names from"):
         to_arviz(trained, X, Y, groups=["posteriors"])
     with pytest.raises(ArgumentError, match="must be a list of names from"):
         to_arviz(trained, X, Y, groups="posterior")
