@@ -5,6 +5,7 @@ itself. A rule returns a sentence, or None where there is nothing to warn of.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class LossHistory:
         >>> history = LossHistory(limit=4)
         >>> for loss in range(9):
         ...     history.add(torch.tensor(float(loss)))
-        >>> history.losses()
-        tensor([0., 4., 8.])
+        >>> history.losses().tolist()
+        [0.0, 4.0, 8.0]
     """
 
     def __init__(self, limit: int = 512) -> None:
@@ -267,7 +268,9 @@ class Summary:
         else:
             lines.append("no step has been measured yet")
         if self.warnings:
-            lines += ["", "warnings", *(f"- {text}" for text in self.warnings.values())]
+            lines += ["", "warnings"]
+            for text in self.warnings.values():
+                lines.append(textwrap.fill(f"- {text}", 96, subsequent_indent="  "))
         return "\n".join(lines)
 
     __repr__ = __str__
