@@ -3,11 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench clean
+# ArviZ 1.x needs Python 3.12 or later.
+PYTHON312 ?= python3.12
+VENV1 := .venv-arviz1
+
+.PHONY: help demo test test-arviz1 lint format bench clean
 
 help:
 	@echo "make demo    train and compare ensembles on handwritten digits (3 minutes)"
 	@echo "make test    run all tests"
+	@echo "make test-arviz1  run the tests of the export on ArviZ 1.x, with python3.12"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make bench   print the tables of benchmarks/"
@@ -23,6 +28,15 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n 2
 
+$(VENV1)/.installed: pyproject.toml
+	test -x $(VENV1)/bin/python || $(PYTHON312) -m venv $(VENV1)
+	$(VENV1)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+test-arviz1: $(VENV1)/.installed
+	$(VENV1)/bin/python -m pytest -n 2 tests/test_io_arviz.py tests/test_arviz.py \
+		pyro_fordes/io_arviz.py 'tests/test_docs.py::test_python_blocks_run[diagnostics.md]'
+
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +51,4 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/calibration.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV1)

@@ -34,6 +34,7 @@ from pyro_fordes.schedules import (
     Tanh as Tanh,
 )
 from pyro_fordes.spaces import Weights as Weights
+from pyro_fordes.trajectory import Trajectory as Trajectory
 from pyro_fordes.transports import SVGD as SVGD, WGD as WGD, Ensemble as Ensemble
 
 __version__ = "0.1.0"

@@ -53,6 +53,7 @@ _EXTRAS = {
     "matplotlib": "plots",
     "sklearn": "eval",
     "torchvision": "vision",
+    "xarray": "arviz",
 }
 
 

@@ -63,6 +63,7 @@ from pyro_fordes.state import (
     state_of,
     take_state,
 )
+from pyro_fordes.summary import LossHistory, Summary, summarize
 from pyro_fordes.transports import WGD, Transport
 from pyro_fordes.update import check_start, forces_of, read_faults, update
 
@@ -236,6 +237,9 @@ class ParticleInference:
         self._last: tuple[tuple, Mapping[str, Any]] | None = None  # arguments of faults not read
         self._latents: Mapping[str, Latent] = {}
         self._diagnostics: dict[str, Any] | None = None
+        self._trajectory: Any = None  # the last one that recorded this inference
+        self._losses = LossHistory()
+        self._batches_per_epoch = 0
         self._step = 0
         self._shared: dict[str, Tensor] = {}
         self._enumerated: tuple[str, ...] = ()
@@ -606,6 +610,23 @@ class ParticleInference:
             name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
             for name, value in {**self._diagnostics, "faults": self._faults.count.clone()}.items()
         }
+
+    def summary(self, max_sites: int = 20) -> Summary:
+        """A table of sites, diagnostics and warnings, to be printed or read by name.
+
+        Args:
+            max_sites: how many sites the text has at most.
+
+        Returns:
+            A `Summary`: ``sites``, ``diagnostics`` of the last measured step, and ``warnings`` of
+            particles that collapsed, repulsion that is negligible or dominates, a likelihood scale
+            that looks wrong, and a loss that still moves. Each rule says when it warns:
+            ``pyro_fordes.summary``. Its text has one line for each.
+
+        Raises:
+            StateError: if there are no particles yet.
+        """
+        return summarize(self, max_sites)
 
     @torch.no_grad()
     def log_likelihood(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

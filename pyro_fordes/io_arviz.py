@@ -1,13 +1,19 @@
 """Export of particles to ArviZ: ``InferenceData`` on ArviZ 0.x, ``DataTree`` on 1.x."""
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_fordes._checks import ArgumentError, check_positive_int, require
-from pyro_fordes.sites import observed_sites
+from pyro_fordes._random import preserved_rng
+from pyro_fordes.arviz_groups import DATA, GROUPS, Exporter, Request, SameMinibatch
+from pyro_fordes.labels import Labels, Variable
+from pyro_fordes.prediction import eval_mode
 
 
 def to_arviz(
@@ -15,31 +21,67 @@ def to_arviz(
     *args: Any,
     sites: Collection[str] | None = None,
     max_site_size: int = 1000,
+    groups: Collection[str] | None = None,
+    max_size: int = 10_000_000,
+    predictions: Any = None,
+    prior: int | None = None,
+    trajectory: bool = False,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
     **kwargs: Any,
 ) -> Any:
-    """Particles, observations and pointwise log likelihoods as ArviZ sees them.
+    """Particles, predictions, data and pointwise log likelihoods as ArviZ sees them.
 
-    Particles are draws of a single chain, ``(chain=1, draw=particle)``. They interact, so R-hat and
-    effective sample sizes, which ask how independent draws are, do not apply to them. Dimensions
-    are named after plates where a site is in one.
+    The particles of one inference are the draws of a single chain. They interact, so R-hat and
+    effective sample sizes, which ask how independent draws are, do not apply to them. Several
+    inferences, each from a start of its own, are several chains, and R-hat compares them. The page
+    ``docs/diagnostics.md`` says what each number means for particles.
+
+    Networks are in eval mode meanwhile, random numbers come from ``seed``, and the inference is
+    left as it is. Where a model draws its own minibatch, all groups are of the same one. What is
+    left out for its size is named in a warning.
 
     Args:
-        inference: a `ParticleInference` that has particles.
+        inference: a `ParticleInference` that has particles, or a list of them, of the same model
+            and number of particles: one chain each.
         *args: arguments of the model, observations included.
-        sites: latent sites to export. None takes those with at most ``max_site_size`` values per
-            particle; the names of the others are listed in the posterior's attribute
-            ``omitted_sites``.
-        max_site_size: see ``sites``.
+        sites: names of latent and deterministic sites, and patterns such as ``"net.2.*"``; None
+            for all. Sites that are not named are exported up to ``max_site_size``.
+        max_site_size: largest number of values per particle of a site that is not named.
+        groups: which groups to make; None for all.
+        max_size: largest number of values of a variable in a group of predictions, densities or
+            data, unless ``groups`` names the group.
+        predictions: arguments for which new observations are drawn: a tuple for several, a mapping
+            for keywords; observations may be left out.
+        prior: number of draws from the prior and its predictive; None for none.
+        trajectory: whether to export what a `Trajectory` has recorded of the inference, in place of
+            its particles now: a chain for each particle, a draw for each recorded step. There are
+            then no predictions or densities.
+        dims: names of the dimensions of a variable, beside chain and draw: ``{"w": ["feature"]}``.
+            Without them, dimensions are named after plates, and numbered outside of plates.
+        coords: labels of a dimension's entries: ``{"feature": ["age", "height"]}``.
+        chunk_size: how many particles predict at a time; None for all.
+        seed: seed of all draws.
         **kwargs: keyword arguments of the model.
 
     Returns:
-        Groups ``posterior``, ``log_likelihood`` (pointwise, not scaled by plates; left out where
-        discrete latent sites are summed out), ``sample_stats`` (``lp``, the log
-        joint of each particle) and ``observed_data``.
+        These groups, as far as the model has something for them: ``posterior``;
+        ``posterior_predictive``, drawn with the same arguments; ``predictions``;
+        ``log_likelihood``, pointwise and not scaled by plates (not where discrete latent sites are
+        summed out);
+        ``prior`` and ``prior_predictive``; ``observed_data``, ``constant_data`` and
+        ``predictions_constant_data``, the tensors among the arguments; and ``sample_stats``: the
+        log joint ``lp`` of each particle for these arguments, and of the last measured step (see
+        `ParticleInference.diagnostics`) the force norms, the force ratio, effective particles and
+        bandwidth.
 
     Raises:
         MissingDependencyError: if ArviZ is not installed.
-        ArgumentError: if a named site is unknown.
+        ArgumentError: if sites, dims, coords or groups name something that is not there, or the
+            inferences do not fit together.
+        StateError: if there are no particles, or with ``trajectory`` no records.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -57,87 +99,127 @@ def to_arviz(
         {'chain': 1, 'draw': 5, 'data': 3}
     """
     arviz = require("arviz")
-    check_positive_int("max_site_size", max_site_size)
-    samples = inference.get_samples(gather=True)
-    unknown = [name for name in sites or () if name not in samples]
-    if isinstance(sites, str) or unknown:
+    chains = _checked_chains(inference, trajectory)
+    for name, number in (("max_site_size", max_site_size), ("max_size", max_size)):
+        check_positive_int(name, number)
+    if prior is not None:
+        check_positive_int("prior", prior)
+    if isinstance(groups, str) or any(group not in GROUPS for group in groups or ()):
         raise ArgumentError(
-            f"to_arviz(sites=...) must be names of latent sites, got {sites!r}; the model has "
-            f"{list(samples)}"
+            f"to_arviz(groups=...) must be a list of names from {list(GROUPS)}, got {groups!r}"
         )
-    chosen = (
-        list(sites)
-        if sites is not None
-        else [name for name, value in samples.items() if value[0].numel() <= max_site_size]
+    labels = Labels(dims or {}, coords or {})
+    # One chain draws from the prior, and has the new arguments and the data.
+    request = Request(
+        labels,
+        sites,
+        max_site_size,
+        groups,
+        max_size // len(chains),
+        predictions,
+        prior,
+        chunk_size,
     )
-    prototype = inference.prototype(*args, **kwargs)
-    trace = prototype.trace
-    nodes = trace.nodes
-    pointwise = {} if prototype.enumerated else inference.log_likelihood(*args, **kwargs)
-    observed = observed_sites(trace)
-    dims: dict[str, list[str]] = {}
-    for name in (*chosen, *observed):
-        dims[name] = _dims(name, nodes[name])
-    groups = {
-        "posterior": {name: _array(samples[name])[None] for name in chosen},
-        "log_likelihood": {name: _array(value)[None] for name, value in pointwise.items()},
-        "sample_stats": {"lp": _array(inference.log_joint(*args, **kwargs))[None]},
-        "observed_data": {name: _array(nodes[name]["value"]) for name in observed},
-    }
-    groups = {name: group for name, group in groups.items() if group}
-    # Pointwise log likelihoods have batch dimensions only, observations event dimensions too.
-    data = _convert(arviz, groups, dims, {name: nodes[name]["fn"].event_dim for name in observed})
-    omitted = [name for name in samples if name not in chosen]
-    if omitted and "posterior" in groups:
-        data["posterior"].attrs["omitted_sites"] = ", ".join(omitted)
-    return data
+    exports = []
+    for index, chain in enumerate(chains):
+        chain.get_samples()  # refuses to go on without particles
+        chain.setup(*args, **kwargs)
+        with eval_mode(chain._log_joint.module), preserved_rng():
+            torch.manual_seed(seed + index)
+            prototype = chain.prototype(*args, **kwargs)
+            plates = {name: prototype.trace.nodes[name]["value"] for name in prototype.plates}
+            export = Exporter(
+                chain, args, kwargs, replace(request, prior=prior if index == 0 else None)
+            )
+            if index == 0:
+                labels.check(export.names())
+            with SameMinibatch(plates):
+                export.trajectory() if trajectory else export.particles()
+        exports.append(export)
+    _warn_of_omitted(exports[0])
+    if trajectory:
+        steps = chains[0]._trajectory.steps
+        labels = replace(labels, coords={"draw": steps, **labels.coords})
+    return _assembled(arviz, exports, labels)
 
 
-def _array(tensor: Tensor) -> Any:
-    return torch.as_tensor(tensor).detach().cpu().numpy()
-
-
-def _dims(name: str, site: Mapping[str, Any]) -> list[str]:
-    """Names of a site's dimensions: plates where there is one, else numbered."""
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-    rank, event_dim = site["value"].dim(), site["fn"].event_dim
-    names = []
-    for axis in range(rank):
-        batch_dim = axis - (rank - event_dim)  # negative on batch dimensions
-        names.append(
-            plates.get(batch_dim, f"{name}_dim_{axis}") if batch_dim < 0 else f"{name}_dim_{axis}"
+def _checked_chains(inference: Any, trajectory: bool) -> list[Any]:
+    """The inferences, one for each chain."""
+    chains = list(inference) if isinstance(inference, list | tuple) else [inference]
+    for chain in chains:
+        if not hasattr(chain, "get_unconstrained"):
+            raise ArgumentError(
+                f"to_arviz needs a ParticleInference or a list of them, got {type(chain).__name__}"
+            )
+    if not chains:
+        raise ArgumentError("to_arviz got an empty list of inferences")
+    if trajectory and len(chains) > 1:
+        raise ArgumentError(
+            f"to_arviz(trajectory=True) makes a chain of each particle of one inference, got "
+            f"{len(chains)} inferences"
         )
-    return names
+    shapes = [
+        {name: tuple(value.shape) for name, value in chain.get_samples().items()}
+        for chain in chains
+    ]
+    for index, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ArgumentError(
+                f"the inferences must have the same sites and number of particles to be chains; "
+                f"number 0 has {shapes[0]}, number {index} has {shape}"
+            )
+    return chains
 
 
-def _convert(
-    arviz: Any,
-    groups: Mapping[str, Mapping[str, Any]],
-    dims: Mapping[str, list[str]],
-    event_dims: Mapping[str, int],
-) -> Any:
-    """Call the ``from_dict`` of the installed ArviZ, group by group so that dims can differ."""
-    major = int(arviz.__version__.split(".")[0])
-    parts = []
-    for group, variables in groups.items():
-        named = {}
-        for name in variables:
-            if name not in dims:
-                continue
-            cut = event_dims.get(name, 0) if group == "log_likelihood" else 0
-            named[name] = dims[name][: len(dims[name]) - cut]
-        if major == 0:
-            parts.append(arviz.from_dict(**{group: dict(variables)}, dims=named))
-        else:
-            parts.append(arviz.from_dict({group: dict(variables)}, dims=named))
-    result = parts[0]
-    for part in parts[1:]:
-        result = result + part if major == 0 else _merged(result, part)
-    return result
+def _warn_of_omitted(export: Exporter) -> None:
+    """Say what is left out for its size, and how to have it."""
+    omitted = export.omitted_sites
+    if omitted:
+        more = f" and {len(omitted) - 3} more" if len(omitted) > 3 else ""
+        warnings.warn(
+            f"to_arviz left out the sites {', '.join(map(repr, omitted[:3]))}{more} for their "
+            f"size (more than {export.request.max_site_size} values per particle); name them in "
+            f"sites=[...], or raise max_site_size",
+            stacklevel=3,
+        )
+    if export.omitted:
+        warnings.warn(
+            f"to_arviz left out {', '.join(export.omitted)} for their size; raise max_size, or "
+            f"name the groups you want in groups=[...]",
+            stacklevel=3,
+        )
 
 
-def _merged(tree: Any, other: Any) -> Any:
-    """A tree with the groups of two."""
-    tree = tree.copy()
-    tree.update(other)
-    return tree
+def _assembled(arviz: Any, exports: list[Exporter], labels: Labels) -> Any:
+    """Chains joined, in what the installed ArviZ takes."""
+    first = exports[0]
+    datasets = {}
+    for group in GROUPS:
+        if group not in first.groups:
+            continue
+        sample = () if group in DATA else ("chain", "draw")
+        variables = first.groups[group]
+        if sample and not group.startswith("prior"):
+            variables = {
+                name: _joined([export.groups[group][name] for export in exports])
+                for name in variables
+                if all(name in export.groups.get(group, {}) for export in exports)
+            }
+        lenient = group.startswith(("prior", "predictions"))
+        datasets[group] = labels.dataset(variables, sample, lenient=lenient)
+        datasets[group].attrs.update(
+            inference_library="pyro_fordes", inference_library_version=version("pyro-fordes")
+        )
+    labels.check_coords(datasets.values(), first.dims())
+    if first.omitted_sites and "posterior" in datasets:
+        datasets["posterior"].attrs["omitted_sites"] = ", ".join(first.omitted_sites)
+    if first.measured_step is not None and "sample_stats" in datasets:
+        datasets["sample_stats"].attrs["measured_step"] = first.measured_step
+    if arviz.__version__.startswith("0."):
+        return arviz.InferenceData(**datasets)
+    return require("xarray").DataTree.from_dict(datasets)
+
+
+def _joined(chains: list[Variable]) -> Variable:
+    """A variable of several inferences."""
+    return np.concatenate([values for values, _ in chains]), chains[0][1]

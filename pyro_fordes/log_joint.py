@@ -430,10 +430,18 @@ class LogJoint:
         self, names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
     ) -> dict[str, Latent]:
         """Latent sites by name, from a run on arguments without observations."""
+        with preserved_rng():
+            return latents_of(self.prior_trace(args, kwargs), names)
+
+    def prior_trace(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Trace of one run that draws the latent sites from their priors.
+
+        The module's buffers are left as they are.
+        """
         self.arguments.check(args, kwargs)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
-        with preserved_rng(), torch.no_grad(), pyro.validation_enabled(False):
-            return latents_of(self._trace(own, args, kwargs), names)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return self._trace(own, args, kwargs)
 
     def _trace(
         self,

@@ -296,6 +296,7 @@ def _epoch(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
             "fewer points than a batch?"
         )
+    inference._batches_per_epoch = max(inference._batches_per_epoch, position.batch)
     inference._stepper.end_epoch(float(position.losses.all()[-position.batch :].nanmean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False
@@ -374,8 +375,10 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
     if shown or callback is not None:
         inference._read_faults()
     if shown:
-        ratio = inference.diagnostics()["force_ratio"]
-        bar.set_postfix(loss=f"{loss.item():.4g}", force_ratio=f"{ratio:.2g}")
+        numbers = {"loss": f"{loss.item():.4g}"}
+        if inference._diagnostics is not None:  # none is measured right after loading
+            numbers["force_ratio"] = f"{inference.diagnostics()['force_ratio']:.2g}"
+        bar.set_postfix(numbers)
     return callback is not None and callback(inference, step, loss.item()) is True
 
 

@@ -268,7 +268,7 @@ class ParticlePredictive:
         particles = {name: value.detach() for name, value in inference._particles.items()}
         gather = inference._gather
         content = {"arguments": (args, dict(kwargs))}
-        with gather.together("prediction", lambda: content), _eval_mode(log_joint.module):
+        with gather.together("prediction", lambda: content), eval_mode(log_joint.module):
             latents = inference._latents or log_joint.latents(particles, args, kwargs)
             draws = None
             if draw:
@@ -289,7 +289,7 @@ class ParticlePredictive:
 
 
 @contextmanager
-def _eval_mode(module: torch.nn.Module | None) -> Iterator[None]:
+def eval_mode(module: torch.nn.Module | None) -> Iterator[None]:
     """A module in eval mode, and every submodule in its own mode again after."""
     training = [] if module is None else [m for m in module.modules() if m.training]
     for one in training:

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_fordes._checks import ArgumentError
 from pyro_fordes.particles import Call
 
 
@@ -81,6 +83,61 @@ def observed_sites(trace: Any) -> list[str]:
         and not site["infer"].get("_deterministic", False)
         and not site["infer"].get("is_auxiliary", False)
     ]
+
+
+def deterministic_sites(trace: Any) -> list[str]:
+    """Names of the sites that ``pyro.deterministic`` made.
+
+    Example:
+        >>> import pyro
+        >>> def model():
+        ...     pyro.deterministic("one", torch.ones(()))
+        >>> deterministic_sites(pyro.poutine.trace(model).get_trace())
+        ['one']
+    """
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["infer"].get("_deterministic", False)
+    ]
+
+
+def choose_sites(
+    where: str, sizes: Mapping[str, int], sites: Collection[str] | None, max_size: int
+) -> tuple[list[str], list[str]]:
+    """Sites by name, pattern and size.
+
+    Args:
+        where: the function that asks, for messages.
+        sizes: how many values each site has.
+        sites: names, which are taken whatever their size, and patterns with ``*``, ``?`` or
+            ``[...]``; None for all.
+        max_size: sites that are not named are taken up to this size.
+
+    Returns:
+        The chosen sites, and those left out for their size alone, both in the order of ``sizes``.
+
+    Raises:
+        ArgumentError: if ``sites`` is a text, or something in it fits no site.
+
+    Example:
+        >>> choose_sites("f", {"a.x": 2, "a.y": 9, "b": 9}, ["a.*", "b"], 5)
+        (['a.x', 'b'], ['a.y'])
+    """
+    asked = ["*"] if sites is None else sites
+    if isinstance(asked, str) or not all(
+        isinstance(one, str) and (one in sizes or any(fnmatchcase(name, one) for name in sizes))
+        for one in asked
+    ):
+        raise ArgumentError(
+            f"{where}(sites=...) must be a list of names or patterns of sites, got {sites!r}; the "
+            f"model has {list(sizes)}"
+        )
+    matched = [
+        name for name in sizes if any(name == one or fnmatchcase(name, one) for one in asked)
+    ]
+    chosen = [name for name in matched if name in asked or sizes[name] <= max_size]
+    return chosen, [name for name in matched if name not in chosen]
 
 
 def pointwise_log_prob(call: Call) -> dict[str, Tensor]:

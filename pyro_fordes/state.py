@@ -19,6 +19,7 @@ from pyro_fordes.particles import OneProcess
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
 from pyro_fordes.spaces import Space
+from pyro_fordes.summary import LossHistory
 
 _PARTS = (
     "num_particles",
@@ -139,6 +140,7 @@ def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         "_shared": {},
         "_latents": inference._latents,
         "_diagnostics": None,
+        "_losses": LossHistory(),
         "_enumerated": tuple(state["enumerated"]),
         "_step": state["step"],
         "_seed": state["random"]["seed"],

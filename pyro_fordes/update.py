@@ -49,6 +49,7 @@ def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tens
             inference._random.place = place  # as if the step had not been tried
             raise
     inference._step += 1
+    inference._losses.add(loss)
     if inference._faults.waits(loss.device):
         inference._last = args, kwargs
         if inference._step % inference.diagnostics_every == 0:

@@ -21,7 +21,7 @@ ALLOWED = {
     "dynamics": {"_checks"},
     "metrics": {"_checks"},
     "schedules": {"_checks", "particles"},
-    "sites": {"particles"},
+    "sites": {"_checks", "particles"},
     "bandwidths": {"_checks", "particles"},
     "kernels": {"_checks", "bandwidths"},
     "diagnostics": {"_checks", "particles", "bandwidths", "kernels"},
@@ -44,7 +44,11 @@ ALLOWED = {
         "randomness",
     },
     "prediction": {"_checks", "loops", "metrics", "particles", "randomness", "sites"},
-    "io_arviz": {"_checks", "particles", "sites"},
+    "labels": {"_checks"},
+    "arviz_groups": {"_checks", "labels", "loops", "particles", "prediction", "sites"},
+    "io_arviz": {"_checks", "_random", "arviz_groups", "labels", "prediction"},
+    "trajectory": {"_checks", "sites"},
+    "summary": {"_checks", "particles", "sites"},
     "rollback": set(),
     "faults": {"_checks", "particles", "rollback"},
     "finite": {"kernels", "transports"},
@@ -75,6 +79,7 @@ ALLOWED = {
         "prototype",
         "rollback",
         "spaces",
+        "summary",
     },
     "update": {"_random", "faults", "particles", "forces", "randomness", "rollback"},
     "inference": {
@@ -94,6 +99,7 @@ ALLOWED = {
         "sites",
         "kernels",
         "spaces",
+        "summary",
         "input_gradients",
         "transports",
         "prototype",
@@ -101,7 +107,16 @@ ALLOWED = {
         "forces",
     },
 }
-OPTIONAL = ["arviz", "xarray", "matplotlib", "pandas", "sklearn", "torchvision", "torchmetrics"]
+OPTIONAL = [
+    "arviz",
+    "xarray",
+    "zarr",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+    "torchvision",
+    "torchmetrics",
+]
 
 
 def imports_of(path):

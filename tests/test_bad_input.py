@@ -860,12 +860,12 @@ LOOPS = {
     "to_arviz of unknown sites": (
         lambda: to_arviz(started(), Y, sites=["w"]),
         ArgumentError,
-        r"to_arviz\(sites=\.\.\.\) must be names of latent sites, got \['w'\].*has \['z'\]",
+        r"to_arviz\(sites=\.\.\.\) must be a list of names or patterns .*got \['w'\].*has \['z'\]",
     ),
     "to_arviz of a string": (
         lambda: to_arviz(started(), Y, sites="z"),
         ArgumentError,
-        r"to_arviz\(sites=\.\.\.\) must be names of latent sites, got 'z'.*has \['z'\]",
+        r"to_arviz\(sites=\.\.\.\) must be a list of names or patterns of .*got 'z'.*has \['z'\]",
     ),
     "to_arviz before any step": (
         lambda: to_arviz(make(), Y),

@@ -701,3 +701,20 @@ def test_force_ratio_is_that_of_the_average():
             transport=SVGD(),
             repulsion_every=2,
         )
+
+
+def test_a_progress_bar_right_after_loading(capsys):
+    """No step has been measured yet when the bar first shows the loss."""
+    first = ParticleInference(
+        regression, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), seed=0
+    )
+    data = regression_data(torch.float32)
+    first.run(10, *data, progress_bar=False)
+    again = ParticleInference(
+        regression, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), seed=0
+    )
+    again.load_state_dict(first.state_dict())
+    again.run(45, *data)
+    shown = capsys.readouterr().err
+    assert "loss=" in shown
+    assert "force_ratio=" in shown

@@ -7,6 +7,8 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_fordes import (
     RBF,
@@ -19,6 +21,7 @@ from pyro_fordes import (
     bayesianize,
 )
 from tests.models import Classifier
+from tests.test_memory import Memory
 
 PARTICLES = 4
 X = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -237,3 +240,179 @@ def test_a_wrong_call_says_so():
     alone = ParticleInference(regression, pyro.optim.Adam({"lr": 0.1}), 3, transport=Ensemble())
     with pytest.raises(RuntimeError, match="no particles yet"):
         ParticlePredictive(alone)(*new)
+
+
+# ---------------------------------------------------------------- beside pyro.infer.Predictive
+
+
+def spelled_out(fn, y):
+    """An observed site, and sites with its mean (or probabilities) and log density."""
+    pyro.deterministic("expected", probabilities_or_mean(fn), event_dim=0)
+    if y is not None:
+        pyro.deterministic("density", fn.log_prob(y), event_dim=0)
+    with pyro.plate("data", fn.batch_shape[0]):
+        return pyro.sample("y", fn, obs=y)
+
+
+def spelled_regression(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    return spelled_out(dist.Normal(x @ w, scale), y)
+
+
+def spelled_hierarchy(x, y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 3):
+        effect = pyro.sample("effect", dist.Normal(mu, tau))
+    return spelled_out(dist.Poisson((effect[torch.arange(len(x)) % 3] * x[:, 0]).exp()), y)
+
+
+class SpelledClassifier(Classifier):
+    def forward(self, x, y=None):
+        return spelled_out(dist.Categorical(logits=self.net(x)), y)
+
+
+def spelled_classifier():
+    layers = nn.Linear(2, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 3)
+    return SpelledClassifier(bayesianize(nn.Sequential(*layers)))
+
+
+SPELLED = {
+    "regression": (lambda: spelled_regression, X.sum(1), NEW.sum(1)),
+    "classification": (spelled_classifier, LABELS, LABELS[:5]),
+    "hierarchy": (lambda: spelled_hierarchy, X[:, 1].abs().round(), NEW[:, 1].abs().round()),
+}
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("name", SPELLED)
+def test_means_and_densities_are_those_of_pyros_predictive(name, vectorize):
+    """The three ways to one number: ours, Pyro's Predictive and its handlers in a loop."""
+    make, y, new_y = SPELLED[name]
+    inference = ParticleInference(
+        make(),
+        pyro.optim.Adam({"lr": 0.05}),
+        PARTICLES,
+        kernel=RBF(Weights()),
+        vectorize=vectorize,
+        seed=0,
+    )
+    inference.run(5, X, y, progress_bar=False)
+    predict = ParticlePredictive(inference)
+    if isinstance(inference.model, nn.Module):
+        inference.model.eval()  # Pyro's Predictive leaves that to the user
+    theirs = Predictive(inference.model, posterior_samples=inference.get_samples())(NEW, new_y)
+    fns = by_hand(inference, (NEW,))
+    expected = torch.stack([probabilities_or_mean(fn) for fn in fns])
+    density = torch.stack([fn.log_prob(new_y) for fn in fns])
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    # Pyro gives sites outside of plates a dimension for each plate.
+    torch.testing.assert_close(theirs["expected"].reshape(expected.shape), expected, **close)
+    torch.testing.assert_close(theirs["density"].reshape(density.shape), density, **close)
+    torch.testing.assert_close(predict.mean(NEW)["y"], expected.mean(0), **close)
+    torch.testing.assert_close(predict.log_prob(NEW, new_y)["y"], density, **close)
+    ours = predict(NEW, new_y)
+    for site in ("expected", "density", "y"):
+        torch.testing.assert_close(
+            ours[site], theirs[site].reshape(ours[site].shape).to(ours[site].dtype), **close
+        )
+
+
+# ---------------------------------------------------------------- chunks, files, memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_is_independent_of_chunks(name):
+    inference, new, _ = fitted(name)
+    methods = ["__call__", "parameters", "mean"] + ["entropy"] * (name != "regression")
+    for method in methods:
+        found = []
+        for chunk_size in (None, 1, 3, PARTICLES):
+            pyro.set_rng_seed(7)
+            predict = ParticlePredictive(inference, chunk_size=chunk_size)
+            found.append(tree_leaves(getattr(predict, method)(*new)))
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_are_identical_after_loading(name, tmp_path):
+    inference, new, _ = fitted(name)
+    inference.save(tmp_path / "state.pt")
+    model = classifier() if name == "classifier" else inference.model
+    fresh = ParticleInference.load(
+        tmp_path / "state.pt", model, pyro.optim.Adam({"lr": 0.1}), kernel=RBF(Weights())
+    )
+    draws = []
+    for one in (inference, fresh):
+        pyro.set_rng_seed(3)
+        draws.append(ParticlePredictive(one)(*new))
+    assert set(draws[0]) == set(draws[1])
+    for site, values in draws[0].items():
+        assert (values == draws[1][site]).all()
+
+
+class Residual(nn.Module):
+    """A residual block with BatchNorm."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)).relu()
+
+
+def residual_network():
+    blocks = [Residual(8) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(1, 8, 1), *blocks, nn.Flatten(), nn.Linear(8 * 36, 3))
+
+
+def activations(network, x):
+    """Numbers that all layers of one network put out for a batch."""
+    sizes = []
+    hooks = [
+        layer.register_forward_hook(lambda _, given, output: sizes.append(output.numel()))
+        for layer in network.modules()
+        if not list(layer.children()) or isinstance(layer, Residual)
+    ]
+    with torch.no_grad():
+        network.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("vectorize", "chunk_size", "networks"),
+    [("loop", None, 1), ("vmap", 1, 1), ("vmap", 2, 2), ("vmap", None, PARTICLES)],
+)
+def test_predicting_a_data_set_holds_two_batches_of_activations(vectorize, chunk_size, networks):
+    """However many batches there are: of one network in a loop, of a chunk of them under vmap."""
+    images = torch.randn(64 * 12, 1, 6, 6)
+    inference = ParticleInference(
+        Classifier(bayesianize(residual_network())),
+        pyro.optim.Adam({"lr": 1e-3}),
+        PARTICLES,
+        transport=Ensemble(),
+        vectorize=vectorize,
+        seed=0,
+    )
+    inference.step(images[:6], torch.arange(6) % 3)
+    batch = activations(inference.module(0), images[:64])
+    weights = sum(value.numel() for value in inference.get_samples().values())
+    predict = ParticlePredictive(inference, chunk_size=chunk_size)
+    peaks = {}
+    for batches in (4, 12):
+        loader = DataLoader(TensorDataset(images[: 64 * batches]), batch_size=64)
+        with Memory() as memory:
+            found = predict.predict(loader, progress_bar=False)["y"]
+        assert found.shape == (64 * batches, 3)
+        peaks[batches] = memory.peak
+    outputs = 64 * 12 * 3
+    assert weights + 2 * outputs < batch  # what may be held beside activations is small
+    assert peaks[12] <= 2 * networks * batch
+    assert peaks[12] - peaks[4] <= 2 * outputs
