@@ -9,6 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 import scipy.stats
+import sklearn.calibration
 import sklearn.metrics
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
@@ -117,6 +118,26 @@ def test_calibration_error(bins):
     groups = [order[start:end] for start, end in pairwise(ends) if start < end]
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
     same(value, grouped_error(groups, confidence, correct))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("bins", [1, 6, 15])
+def test_reliability(bins, adaptive):
+    confidence, predicted = MEAN.max(-1)
+    found = metrics.reliability(LOG_PROBS, LABELS, bins=bins, adaptive=adaptive)
+    assert found.points.sum() == POINTS
+    assert (found.confidence.diff() > 0).all()
+    same((found.confidence * found.points).sum(), confidence.sum())
+    same((found.accuracy * found.points).sum(), (predicted == LABELS).double().sum())
+    gaps = (found.confidence - found.accuracy).abs()
+    same((gaps * found.points).sum() / POINTS,
+         metrics.ece(LOG_PROBS, LABELS, bins=bins, adaptive=adaptive))  # fmt: skip
+    if not adaptive:
+        accuracy, mean = sklearn.calibration.calibration_curve(
+            predicted == LABELS, confidence, n_bins=bins
+        )
+        same(found.accuracy, torch.tensor(accuracy))
+        same(found.confidence, torch.tensor(mean))
 
 
 def test_a_confidence_of_one_is_in_the_last_bin():
