@@ -143,11 +143,7 @@ def disagreement(log_probs: Tensor) -> Float[Tensor, ""]:
         >>> disagreement(probs.log())  # two pairs of three
         tensor(0.6667)
     """
-    log_probs = check_several(log_probs)
-    count, _, classes = log_probs.shape
-    votes = torch.nn.functional.one_hot(log_probs.argmax(-1), classes).sum(0)
-    agreeing = (votes * (votes - 1)).sum(-1).to(log_probs.dtype)
-    return 1 - agreeing.mean() / (count * (count - 1))
+    return point_disagreement(log_probs).mean()
 
 
 def pairwise_kl(log_probs: Tensor) -> Float[Tensor, ""]:
@@ -178,3 +174,12 @@ def pairwise_kl(log_probs: Tensor) -> Float[Tensor, ""]:
         terms = torch.where(one > -math.inf, one.exp() * (one - log_probs), 0.0)
         total = total + terms.sum(-1).mean(-1).sum()
     return total / (len(log_probs) * (len(log_probs) - 1))
+
+
+def point_disagreement(log_probs: Tensor) -> Float[Tensor, " point"]:
+    """The terms that `disagreement` is the mean of."""
+    log_probs = check_several(log_probs)
+    count, _, classes = log_probs.shape
+    votes = torch.nn.functional.one_hot(log_probs.argmax(-1), classes).sum(0)
+    agreeing = (votes * (votes - 1)).sum(-1).to(log_probs.dtype)
+    return 1 - agreeing / (count * (count - 1))

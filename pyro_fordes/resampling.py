@@ -1,0 +1,191 @@
+r"""Metrics of resampled points, many resamples at a time.
+
+A bootstrap resample is described by how often each point is in it, its counts. What a metric is on
+many resamples follows from the scores of the points and a matrix of counts, without computing any
+score again.
+
+Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_ENTRIES = 2_000_000
+"""How many counts are held at a time."""
+
+
+class Ranking(NamedTuple):
+    """What `metrics.detection` returns, for each resample."""
+
+    auroc: Float[Tensor, " resample"]
+    aupr: Float[Tensor, " resample"]
+    fpr95: Float[Tensor, " resample"]
+
+
+class Interval(NamedTuple):
+    """Ends of a bootstrap interval."""
+
+    low: Tensor
+    high: Tensor
+
+
+class Counts:
+    """Counts of the same resamples for whoever asks with the same key.
+
+    Args:
+        resamples: how many resamples; 0 for one that has every point once.
+        seed: seed of the draws.
+
+    Example:
+        >>> counts = Counts(3, seed=0)
+        >>> counts("test", 4).sum(1)
+        tensor([4., 4., 4.], dtype=torch.float64)
+        >>> torch.equal(counts("test", 4), counts("test", 4))
+        True
+    """
+
+    def __init__(self, resamples: int, seed: int = 0) -> None:
+        self.resamples = resamples
+        self.seed = seed
+        self._drawn: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, key: str, points: int) -> Float[Tensor, "resample point"]:
+        """The counts of a set of so many points."""
+        if self.resamples == 0:
+            return torch.ones(1, points, dtype=torch.float64)
+        if (key, points) not in self._drawn:
+            # A number of its own for every key, the same in every process.
+            own = int.from_bytes(f"{key}:{points}".encode().rjust(8, b"\0")) % (2**31 - 1)
+            generator = torch.Generator().manual_seed(self.seed + own)
+            drawn = torch.randint(points, (self.resamples, points), generator=generator)
+            counts = torch.zeros(self.resamples, points, dtype=torch.float64)
+            counts.scatter_add_(1, drawn, torch.ones_like(counts))
+            self._drawn[key, points] = counts
+        return self._drawn[key, points]
+
+
+def resample(
+    estimate: Callable[[Counts], Float[Tensor, "resample metric"]],
+    resamples: int,
+    seed: int,
+    points: int,
+) -> Float[Tensor, "resample metric"]:
+    """Metrics of many resamples, some at a time for memory.
+
+    Args:
+        estimate: gives the metrics from `Counts`.
+        resamples: how many.
+        seed: seed of the draws.
+        points: of the largest set.
+    """
+    at_once = max(1, min(resamples, _ENTRIES // points))
+    parts = []
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        parts.append(estimate(Counts(count, seed * 1_000_003 + start)))
+    return torch.cat(parts)
+
+
+def interval(
+    value: Float[Tensor, " metric"],
+    resampled: Float[Tensor, "resample metric"],
+    level: float,
+) -> Interval:
+    """Percentile intervals, shifted so that the resamples' mean is the value.
+
+    Resampling makes a calibration error larger; without the shift its interval could lie above the
+    value. On means it does next to nothing.
+
+    Args:
+        value: of all points.
+        resampled: of the resamples.
+        level: such as 0.95.
+    """
+    shift = value - resampled.mean(0)
+    shift = torch.where(shift.isfinite(), shift, 0.0)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    low, high = _quantiles(resampled, ends) + shift
+    return Interval(low, high)
+
+
+def _quantiles(
+    values: Float[Tensor, "resample metric"], probabilities: Float[Tensor, " end"]
+) -> Float[Tensor, "end metric"]:
+    """Quantiles between order statistics that may be infinite."""
+    ordered = values.sort(0).values
+    place = probabilities * (len(ordered) - 1)
+    below, above = ordered[place.floor().long()], ordered[place.ceil().long()]
+    weight = (place - place.floor()).unsqueeze(1)
+    return torch.where(below == above, below, below + weight * (above - below))
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def weighted_mean(
+    values: Float[Tensor, " point"], counts: Float[Tensor, "resample point"]
+) -> Float[Tensor, " resample"]:
+    """Mean of each resample; infinite where it has a point with an infinite value.
+
+    Example:
+        >>> weighted_mean(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        tensor([1.0000, 2.5000], dtype=torch.float64)
+    """
+    counts, values = counts.double(), values.double()
+    endless = values.isinf()
+    mean = counts @ torch.where(endless, 0.0, values) / counts.sum(1)
+    return torch.where((counts[:, endless] > 0).any(1), torch.inf, mean)
+
+
+def weighted_gap(
+    gaps: Float[Tensor, " point"],
+    bins: Int[Tensor, " point"],
+    counts: Float[Tensor, "resample point"],
+) -> Float[Tensor, " resample"]:
+    """Calibration error of each resample, in the bins of all points.
+
+    Args:
+        gaps: confidence minus 1 where the class was right, minus 0 where it was not.
+        bins: the bin of each point.
+        counts: of the resamples.
+    """
+    members = torch.nn.functional.one_hot(bins).double()
+    return (counts.double() @ (members * gaps.double().unsqueeze(1))).abs().sum(1) / counts.sum(1)
+
+
+def weighted_ranking(
+    inside: Float[Tensor, " inside"],
+    outside: Float[Tensor, " outside"],
+    inside_counts: Float[Tensor, "resample inside"],
+    outside_counts: Float[Tensor, "resample outside"],
+) -> Ranking:
+    """`metrics.detection` for each resample.
+
+    Example:
+        >>> inside, outside = torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0.5, 0.9])
+        >>> weighted_ranking(inside, outside, torch.ones(1, 3), torch.ones(1, 2)).auroc
+        tensor([0.8333], dtype=torch.float64)
+    """
+    scores, order = torch.cat([inside.double(), outside.double()]).sort(descending=True)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
+    is_inside = order < len(inside)
+
+    def flagged(counts: Tensor, members: Tensor, index: Tensor) -> Tensor:
+        """How many are at or above each threshold."""
+        sorted_counts = torch.zeros(len(counts), len(order), dtype=torch.float64)
+        sorted_counts[:, members] = counts.double()[:, index]
+        return sorted_counts.cumsum(1)[:, last]
+
+    false = flagged(inside_counts, is_inside, order[is_inside])
+    true = flagged(outside_counts, ~is_inside, order[~is_inside] - len(inside))
+    false_rate, true_rate = false / false[:, -1:], true / true[:, -1:]
+    zero = torch.zeros(len(true), 1, dtype=torch.float64)
+    auroc = torch.trapezoid(torch.cat([zero, true_rate], 1), torch.cat([zero, false_rate], 1))
+    precision = true / (true + false).clamp_min(1.0)
+    aupr = (torch.cat([zero, true_rate], 1).diff(dim=1) * precision).sum(1)
+    first = (true_rate >= 0.95).double().argmax(1, keepdim=True)
+    return Ranking(auroc, aupr, false_rate.gather(1, first).squeeze(1))
