@@ -51,6 +51,7 @@ class MissingDependencyError(FordesError, ImportError):
 _EXTRAS = {
     "arviz": "arviz",
     "matplotlib": "plots",
+    "pandas": "eval",
     "sklearn": "eval",
     "torchvision": "vision",
 }

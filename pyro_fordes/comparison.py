@@ -114,7 +114,7 @@ def _paired(methods: Any) -> dict[str, list[Evaluation]]:
         )
     runs: dict[str, list[Evaluation]] = {}
     for name, given in methods.items():
-        runs[name] = [given] if isinstance(given, Evaluation) else list(given)
+        runs[name] = list(given) if isinstance(given, list | tuple) else [given]
         wrong = [type(one).__name__ for one in runs[name] if not isinstance(one, Evaluation)]
         if wrong or not runs[name]:
             raise ArgumentError(

@@ -1,6 +1,6 @@
 """Evaluating particles on clean, corrupted and out-of-distribution data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_fordes._checks import ArgumentError, check_number, check_positive_int
+from pyro_fordes._random import preserved_rng
 from pyro_fordes.checkpoint import read, write
 from pyro_fordes.estimates import BINS, DETECTIONS, Plan, is_detection
 from pyro_fordes.metrics.classification import Reliability, reliability_of
@@ -114,31 +115,45 @@ def evaluate(
     check_positive_int("resamples", resamples)
     if not 0 < check_number("level", level) < 1:
         raise ArgumentError(f"level must be between 0 and 1, such as 0.95; got {level}")
-    first = next(iter(next(iter(named.values()))), None)
-    if first is None:
-        raise ArgumentError("a loader gave no batch; is the data set empty?")
-    target = find_site(inference, site, first)
-    chosen, functions = _chosen(target.kind, metrics, bool(outside), inference.num_particles)
-    reference = _reference(inside, named)
-    top_k = [k for metric in chosen if (k := top_k_of(metric)) is not None]
-    scores = PointScores(inference, target, chunk_size, functions, top_k)
-    every = [*named.values(), *outside.values()]
-    lengths = [len(loader) if isinstance(loader, Sized) else None for loader in every]
-    total = None if None in lengths else sum(length or 0 for length in lengths)
-    with tqdm(total=total, disable=not progress_bar, unit="batch") as bar:
-
-        def shown(name: str, loader: Iterable[Any]) -> Iterable[Any]:
-            bar.set_description(name)
-            for batch in loader:
-                yield batch
-                bar.update()
-
-        found = {
-            key: scores.inside(shown(f"{key[0]} {key[1] or ''}".strip(), loader))
-            for key, loader in named.items()
-        }
-        beyond = {name: scores.outside(shown(name, loader)) for name, loader in outside.items()}
+    with preserved_rng():
+        first = next(iter(next(iter(named.values()))), None)
+        if first is None:
+            raise ArgumentError("a loader gave no batch; is the data set empty?")
+        target = find_site(inference, site, first)
+        chosen, functions = _chosen(target.kind, metrics, bool(outside), inference.num_particles)
+        reference = _reference(inside, named)
+        top_k = [k for metric in chosen if (k := top_k_of(metric)) is not None]
+        scores = PointScores(inference, target, chunk_size, functions, top_k)
+        with _Progress([*named.values(), *outside.values()], progress_bar) as progress:
+            found = {key: scores.inside(progress(key, loader)) for key, loader in named.items()}
+            beyond = {
+                name: scores.outside(progress((name, 0), loader))
+                for name, loader in outside.items()
+            }
     return Evaluation(target.kind, found, beyond, reference, chosen, level, resamples, seed)
+
+
+class _Progress:
+    """One bar for the batches of several loaders, with the name of the one that is read."""
+
+    def __init__(self, loaders: Sequence[Iterable[Any]], shown: bool) -> None:
+        lengths = [len(loader) if isinstance(loader, Sized) else None for loader in loaders]
+        total = None if None in lengths else sum(length or 0 for length in lengths)
+        self._bar = tqdm(total=total, disable=not shown, unit="batch")
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, key: Key, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches."""
+        name, severity = key
+        self._bar.set_description(f"{name} {severity}" if severity else name)
+        for batch in loader:
+            yield batch
+            self._bar.update()
 
 
 @dataclass(frozen=True)
@@ -250,7 +265,7 @@ def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
                 f"loaders must be named by texts, or by (corruption, severity) with a severity "
                 f"from 1; got {name!r}"
             )
-        if not isinstance(loader, Iterable) or iter(loader) is loader:
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
             raise ArgumentError(
                 f"the loader {name!r} must be a list of batches or a DataLoader, which can be "
                 f"iterated again; got {type(loader).__name__}"

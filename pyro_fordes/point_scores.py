@@ -20,7 +20,8 @@ from pyro_fordes.metrics.classification import (
 )
 from pyro_fordes.metrics.regression import point_covered, point_crps, point_squared_error
 from pyro_fordes.metrics.uncertainty import point_disagreement, uncertainty
-from pyro_fordes.prediction import ParticlePredictive
+from pyro_fordes.prediction import ParticlePredictive, _eval_mode
+from pyro_fordes.prototype import module_of
 from pyro_fordes.sites import base_distribution
 
 PointFunction = Callable[..., Tensor]
@@ -60,7 +61,10 @@ def find_site(inference: Any, name: str | None, batch: Any) -> Site:
         raise ArgumentError(f"site={name!r} is not observed with these data; the sites are "
                             f"{observed}")  # fmt: skip
     name = observed[0] if name is None else name
-    base = type(base_distribution(inference.prototype(*args, **kwargs).trace.nodes[name]["fn"]))
+    # Not in train mode, in which BatchNorm refuses a batch of one point.
+    with _eval_mode(module_of(inference.model)):
+        trace = inference.prototype(*args, **kwargs).trace
+    base = type(base_distribution(trace.nodes[name]["fn"]))
     if issubclass(base, Categorical | OneHotCategorical | Bernoulli):
         kind = "classes"
     else:
@@ -175,7 +179,9 @@ class PointScores:
                 if tensor.shape == value.shape and torch.equal(tensor.to(value.dtype), value):
                     self._place = place, value.dtype
                     return value
-        if self.inference.prototype(*args, **kwargs).plates:
+        with _eval_mode(module_of(self.inference.model)):
+            plates = self.inference.prototype(*args, **kwargs).plates
+        if plates:
             raise ModelError(
                 f"site '{self.site.name}' observes no argument of the model as it is, and a plate "
                 f"draws a minibatch: the points would be others at each run. Give the loader's "

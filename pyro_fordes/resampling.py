@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-_ENTRIES = 2_000_000
+_ENTRIES = 4_000_000
 """How many counts are held at a time."""
 
 
@@ -43,7 +43,7 @@ class Counts:
     Example:
         >>> counts = Counts(3, seed=0)
         >>> counts("test", 4).sum(1)
-        tensor([4., 4., 4.], dtype=torch.float64)
+        tensor([4., 4., 4.])
         >>> torch.equal(counts("test", 4), counts("test", 4))
         True
     """
@@ -56,13 +56,13 @@ class Counts:
     def __call__(self, key: str, points: int) -> Float[Tensor, "resample point"]:
         """The counts of a set of so many points."""
         if self.resamples == 0:
-            return torch.ones(1, points, dtype=torch.float64)
+            return torch.ones(1, points)
         if (key, points) not in self._drawn:
             # A number of its own for every key, the same in every process.
             own = int.from_bytes(f"{key}:{points}".encode().rjust(8, b"\0")) % (2**31 - 1)
             generator = torch.Generator().manual_seed(self.seed + own)
             drawn = torch.randint(points, (self.resamples, points), generator=generator)
-            counts = torch.zeros(self.resamples, points, dtype=torch.float64)
+            counts = torch.zeros(self.resamples, points)
             counts.scatter_add_(1, drawn, torch.ones_like(counts))
             self._drawn[key, points] = counts
         return self._drawn[key, points]
@@ -126,35 +126,25 @@ def _quantiles(
 # ---------------------------------------------------------------- metrics
 
 
-def weighted_mean(
-    values: Float[Tensor, " point"], counts: Float[Tensor, "resample point"]
-) -> Float[Tensor, " resample"]:
-    """Mean of each resample; infinite where it has a point with an infinite value.
+def weighted_means(
+    values: Float[Tensor, "point column"], counts: Float[Tensor, "resample point"]
+) -> Float[Tensor, "resample column"]:
+    """Means of columns over each resample; infinite where it has a point with an infinite value.
 
     Example:
-        >>> weighted_mean(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
-        tensor([1.0000, 2.5000], dtype=torch.float64)
+        >>> values, counts = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+        >>> weighted_means(values, counts)
+        tensor([[1.0000],
+                [2.5000]], dtype=torch.float64)
     """
     counts, values = counts.double(), values.double()
-    endless = values.isinf()
-    mean = counts @ torch.where(endless, 0.0, values) / counts.sum(1)
-    return torch.where((counts[:, endless] > 0).any(1), torch.inf, mean)
-
-
-def weighted_gap(
-    gaps: Float[Tensor, " point"],
-    bins: Int[Tensor, " point"],
-    counts: Float[Tensor, "resample point"],
-) -> Float[Tensor, " resample"]:
-    """Calibration error of each resample, in the bins of all points.
-
-    Args:
-        gaps: confidence minus 1 where the class was right, minus 0 where it was not.
-        bins: the bin of each point.
-        counts: of the resamples.
-    """
-    members = torch.nn.functional.one_hot(bins).double()
-    return (counts.double() @ (members * gaps.double().unsqueeze(1))).abs().sum(1) / counts.sum(1)
+    endless = values.isposinf()
+    means = counts @ values.masked_fill(endless, 0.0) / counts.sum(1, keepdim=True)
+    columns = endless.any(0)
+    if columns.any():
+        drawn = counts @ endless[:, columns].double() > 0
+        means[:, columns] = means[:, columns].masked_fill(drawn, torch.inf)
+    return means
 
 
 def weighted_ranking(
@@ -171,21 +161,16 @@ def weighted_ranking(
         tensor([0.8333], dtype=torch.float64)
     """
     scores, order = torch.cat([inside.double(), outside.double()]).sort(descending=True)
+    # A threshold flags all points of the same score at once.
     last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
-    is_inside = order < len(inside)
-
-    def flagged(counts: Tensor, members: Tensor, index: Tensor) -> Tensor:
-        """How many are at or above each threshold."""
-        sorted_counts = torch.zeros(len(counts), len(order), dtype=torch.float64)
-        sorted_counts[:, members] = counts.double()[:, index]
-        return sorted_counts.cumsum(1)[:, last]
-
-    false = flagged(inside_counts, is_inside, order[is_inside])
-    true = flagged(outside_counts, ~is_inside, order[~is_inside] - len(inside))
+    counts = torch.cat([inside_counts, outside_counts], 1)[:, order]
+    flagged = counts.cumsum(1)[:, last].double()
+    true = (counts * (order >= len(inside))).cumsum(1)[:, last].double()
+    false = flagged - true
     false_rate, true_rate = false / false[:, -1:], true / true[:, -1:]
-    zero = torch.zeros(len(true), 1, dtype=torch.float64)
-    auroc = torch.trapezoid(torch.cat([zero, true_rate], 1), torch.cat([zero, false_rate], 1))
-    precision = true / (true + false).clamp_min(1.0)
-    aupr = (torch.cat([zero, true_rate], 1).diff(dim=1) * precision).sum(1)
-    first = (true_rate >= 0.95).double().argmax(1, keepdim=True)
+    zero = true.new_zeros(len(true), 1)
+    steps = torch.cat([zero, true_rate], 1)
+    auroc = torch.trapezoid(steps, torch.cat([zero, false_rate], 1))
+    aupr = (steps.diff(dim=1) * true / flagged.clamp_min(1.0)).sum(1)
+    first = (true_rate >= 0.95).byte().argmax(1, keepdim=True)
     return Ranking(auroc, aupr, false_rate.gather(1, first).squeeze(1))

@@ -47,9 +47,10 @@ ALLOWED = {
     "tables": {"_checks"},
     "resampling": set(),
     "estimates": {"_checks", "metrics", "resampling"},
-    "point_scores": {"_checks", "loops", "metrics", "prediction", "sites"},
+    "point_scores": {"_checks", "loops", "metrics", "prediction", "prototype", "sites"},
     "evaluation": {
         "_checks",
+        "_random",
         "checkpoint",
         "estimates",
         "metrics",
