@@ -14,7 +14,6 @@ from pyro_fordes.resampling import (
     Ranking,
     resample,
     weighted_means,
-    weighted_ranking,
 )
 
 BINS = 15
@@ -134,7 +133,7 @@ class Plan:
             which, _, score = row.metric.partition(":")
             if (row.data, score) not in rankings:
                 inside, outside = one.scores[one.inside][score], one.outside[row.data][score]
-                rankings[row.data, score] = weighted_ranking(
+                rankings[row.data, score] = Ranking(
                     inside,
                     outside,
                     counts(points, len(inside)),

@@ -18,14 +18,6 @@ _ENTRIES = 4_000_000
 """How many counts are held at a time."""
 
 
-class Ranking(NamedTuple):
-    """What `metrics.detection` returns, for each resample."""
-
-    auroc: Float[Tensor, " resample"]
-    aupr: Float[Tensor, " resample"]
-    fpr95: Float[Tensor, " resample"]
-
-
 class Interval(NamedTuple):
     """Ends of a bootstrap interval."""
 
@@ -147,30 +139,59 @@ def weighted_means(
     return means
 
 
-def weighted_ranking(
-    inside: Float[Tensor, " inside"],
-    outside: Float[Tensor, " outside"],
-    inside_counts: Float[Tensor, "resample inside"],
-    outside_counts: Float[Tensor, "resample outside"],
-) -> Ranking:
-    """`metrics.detection` for each resample.
+class Ranking:
+    """What `metrics.detection` returns, for each resample.
+
+    Args:
+        inside: scores of points inside the distribution, ``(point,)``.
+        outside: scores of points outside, ``(point,)``.
+        inside_counts: ``(resample, point)``.
+        outside_counts: ``(resample, point)``.
 
     Example:
         >>> inside, outside = torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0.5, 0.9])
-        >>> weighted_ranking(inside, outside, torch.ones(1, 3), torch.ones(1, 2)).auroc
+        >>> Ranking(inside, outside, torch.ones(1, 3), torch.ones(1, 2)).auroc
         tensor([0.8333], dtype=torch.float64)
     """
-    scores, order = torch.cat([inside.double(), outside.double()]).sort(descending=True)
-    # A threshold flags all points of the same score at once.
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
-    counts = torch.cat([inside_counts, outside_counts], 1)[:, order]
-    flagged = counts.cumsum(1)[:, last].double()
-    true = (counts * (order >= len(inside))).cumsum(1)[:, last].double()
-    false = flagged - true
-    false_rate, true_rate = false / false[:, -1:], true / true[:, -1:]
-    zero = true.new_zeros(len(true), 1)
-    steps = torch.cat([zero, true_rate], 1)
-    auroc = torch.trapezoid(steps, torch.cat([zero, false_rate], 1))
-    aupr = (steps.diff(dim=1) * true / flagged.clamp_min(1.0)).sum(1)
-    first = (true_rate >= 0.95).byte().argmax(1, keepdim=True)
-    return Ranking(auroc, aupr, false_rate.gather(1, first).squeeze(1))
+
+    def __init__(
+        self,
+        inside: Float[Tensor, " inside"],
+        outside: Float[Tensor, " outside"],
+        inside_counts: Float[Tensor, "resample inside"],
+        outside_counts: Float[Tensor, "resample outside"],
+    ) -> None:
+        scores, order = torch.cat([inside.double(), outside.double()]).sort(descending=True)
+        counts = torch.cat([inside_counts, outside_counts], 1)[:, order]
+        # Flagged at each threshold; in single precision, which counts exactly up to 2^24.
+        self._false = (counts * (order < len(inside))).cumsum(1)
+        self._true = counts.cumsum(1) - self._false
+        # A threshold flags all points of the same score at once.
+        last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
+        if not last.all():
+            self._false, self._true = self._false[:, last], self._true[:, last]
+
+    @property
+    def auroc(self) -> Float[Tensor, " resample"]:
+        """Area under the receiver operating characteristic, by trapezoids."""
+        total = self._true[:, -1].double() * self._false[:, -1]
+        width = torch.diff(self._false, dim=1, prepend=self._false.new_zeros(len(total), 1))
+        height = torch.diff(self._true, dim=1, prepend=self._true.new_zeros(len(total), 1))
+        middle = self._true.sub(height, alpha=0.5)
+        return middle.mul_(width).sum(1, dtype=torch.float64) / total
+
+    @property
+    def aupr(self) -> Float[Tensor, " resample"]:
+        """Average precision."""
+        true = self._true.double()
+        steps = torch.diff(true, dim=1, prepend=true.new_zeros(len(true), 1))
+        precision = true / (true + self._false).clamp_min_(1.0)
+        return steps.mul_(precision).sum(1) / true[:, -1]
+
+    @property
+    def fpr95(self) -> Float[Tensor, " resample"]:
+        """Share of inside points flagged where at least 95 % of those outside are."""
+        true = self._true.double()
+        first = (true / true[:, -1:] >= 0.95).byte().argmax(1, keepdim=True)
+        false = self._false.gather(1, first).double()
+        return false.squeeze(1) / self._false[:, -1]

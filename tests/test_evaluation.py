@@ -31,7 +31,7 @@ from pyro_fordes import (
 )
 from pyro_fordes.estimates import columns_of, from_means
 from pyro_fordes.evaluation import Evaluation
-from pyro_fordes.resampling import Counts, interval, weighted_means, weighted_ranking
+from pyro_fordes.resampling import Counts, Ranking, interval, weighted_means
 from pyro_fordes.tables import Table
 
 same = torch.testing.assert_close
@@ -370,7 +370,7 @@ def test_resampled_rankings_against_scikit_learn():
     draw = Counts(8, seed=2)
     first, second = draw("inside", 50), draw("outside", 30)
     first[0], second[0] = 1.0, 1.0
-    found = weighted_ranking(inside, outside, first, second)
+    found = Ranking(inside, outside, first, second)
     scores = torch.cat([inside, outside]).numpy()
     truth = np.array([0] * 50 + [1] * 30)
     for row in range(8):
@@ -384,7 +384,8 @@ def test_resampled_rankings_against_scikit_learn():
                                                                (outside, second[row]))]  # fmt: skip
         assert found.fpr95[row].item() == pytest.approx(metrics.detection(*repeated).fpr95.item())
     whole = [value.item() for value in metrics.detection(inside, outside)]
-    assert [value[0].item() for value in found] == pytest.approx(whole)
+    values = (found.auroc[0], found.aupr[0], found.fpr95[0])
+    assert [value.item() for value in values] == pytest.approx(whole)
 
 
 def test_infinite_scores_are_infinite_only_where_drawn():

@@ -378,6 +378,38 @@ def test_bad_input(case):
         wrong()
 
 
+EVERY = {
+    "nll": lambda p, y: metrics.nll(p, y),
+    "brier": metrics.brier,
+    "accuracy": metrics.accuracy,
+    "ece": metrics.ece,
+    "adaptive ece": lambda p, y: metrics.ece(p, y, adaptive=True),
+    "reliability": metrics.reliability,
+    "uncertainty": lambda p, y: metrics.uncertainty(p),
+    "disagreement": lambda p, y: metrics.disagreement(p),
+    "pairwise_kl": lambda p, y: metrics.pairwise_kl(p),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_metric_of_classes_names_a_nan_and_takes_one_point(name):
+    with pytest.raises(NumericalError, match="nan at particle 1, point 2, class 3"):
+        EVERY[name](NAN, LABELS)
+    found = EVERY[name](LOG_PROBS[:, :1], LABELS[:1])
+    for value in found if isinstance(found, tuple) else [found]:
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("function", REGRESSION)
+def test_every_metric_of_numbers_names_a_nan_and_takes_one_point(function):
+    with pytest.raises(NumericalError, match="predictions has the value nan at particle 2"):
+        function(broken(PREDICTIONS, math.nan, 2, 1), TARGETS)
+    if function is not metrics.rmse:
+        with pytest.raises(NumericalError, match="sd has the value nan"):
+            function(PREDICTIONS, TARGETS, broken(SD, math.nan, 0, 0))
+    assert function(PREDICTIONS[:, :1], TARGETS[:1]).isfinite()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_results_stay_on_the_device():
