@@ -1,6 +1,10 @@
 """Particle inference for Pyro: repulsive ensembles of any Pyro model's posterior."""
 
-from pyro_fordes import diagnostics as diagnostics, metrics as metrics
+from pyro_fordes import (
+    corruptions as corruptions,
+    diagnostics as diagnostics,
+    metrics as metrics,
+)
 from pyro_fordes._checks import (
     ArgumentError as ArgumentError,
     CheckpointError as CheckpointError,

@@ -50,6 +50,7 @@ class MissingDependencyError(FordesError, ImportError):
 
 _EXTRAS = {
     "arviz": "arviz",
+    "PIL": "vision",
     "matplotlib": "plots",
     "pandas": "eval",
     "sklearn": "eval",

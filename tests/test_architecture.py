@@ -44,6 +44,7 @@ ALLOWED = {
         "randomness",
     },
     "prediction": {"_checks", "loops", "metrics", "particles", "randomness", "sites"},
+    "corruptions": {"_checks"},
     "tables": {"_checks"},
     "resampling": set(),
     "estimates": {"_checks", "metrics", "resampling"},
