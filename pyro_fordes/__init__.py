@@ -4,6 +4,7 @@ from pyro_fordes import (
     corruptions as corruptions,
     diagnostics as diagnostics,
     metrics as metrics,
+    plots as plots,
 )
 from pyro_fordes._checks import (
     ArgumentError as ArgumentError,

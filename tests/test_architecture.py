@@ -59,6 +59,7 @@ ALLOWED = {
         "resampling",
         "tables",
     },
+    "plots": {"_checks", "metrics", "tables"},
     "comparison": {"_checks", "estimates", "evaluation", "resampling", "tables"},
     "io_arviz": {"_checks", "particles", "sites"},
     "rollback": set(),
