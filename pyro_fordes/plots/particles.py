@@ -47,7 +47,7 @@ def input_gradients(
     if fresh:
         plt = require("matplotlib.pyplot")
         size = (1.35 * count + 0.9, 2.3)
-        figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, count, figsize=size, layout="compressed", squeeze=False)
         axes = axes[0]
     cells = list(axes)  # type: ignore[arg-type]
     if len(cells) != count:

@@ -1,5 +1,6 @@
 """Pictures of predictions on one or two inputs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,7 @@ def uncertainty_map(
     labels: Tensor,
     *,
     kind: str = "epistemic",
+    vmax: float | None = None,
     margin: float = 0.3,
     size: int = 120,
     title: str = "",
@@ -148,6 +150,8 @@ def uncertainty_map(
         labels: their classes, ``(point,)``.
         kind: ``"epistemic"``, ``"aleatoric"``, ``"total"`` or ``"least_confidence"``, as in
             `metrics.Uncertainty`.
+        vmax: where the colours end; None for the largest value that is possible, so that maps of
+            several methods can be compared.
         margin: how far the map goes beyond the points, in units of their range.
         size: rows and columns of the map.
         title: of the axes; empty for one that names the kind.
@@ -163,6 +167,8 @@ def uncertainty_map(
     check_choice("kind", kind, ("epistemic", "aleatoric", "total", "least_confidence"))
     grid = _Grid(points, margin, size)
     values = grid.evaluate(log_probs)
+    classes = values.shape[-1]
+    largest = 1 - 1 / classes if kind == "least_confidence" else math.log(classes)
     axes = new_axes(axes, (5.8, 4.6))
     picture = axes.imshow(
         to_array(grid.image(getattr(uncertainty(values), kind))),
@@ -171,9 +177,10 @@ def uncertainty_map(
         aspect="auto",
         cmap="viridis",
         vmin=0.0,
+        vmax=largest if vmax is None else vmax,
     )
     axes.figure.colorbar(picture, ax=axes, label=LABELS[kind])
-    _scatter(axes, points, labels, values.shape[-1], edge="white")
+    _scatter(axes, points, labels, classes, edge="white")
     names = {"least_confidence": "Least confidence"}
     name = names.get(kind, f"{kind.capitalize()} uncertainty")
     axes.set(title=title or name, xlabel="input 1", ylabel="input 2")

@@ -57,7 +57,7 @@ def reliability(
     axes.set_xlabel("confidence (largest mean probability)")
     axes.set_ylabel("accuracy (share of the bin)")
     axes.set_aspect("equal")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="upper left", fontsize="small")
     return axes
 
 
@@ -119,7 +119,8 @@ def corruption_curves(
     axes.set_xlabel(f"severity (0: {clean})" if clean else "severity")
     axes.set_ylabel(LABELS.get(metric, metric))
     named = "mean over corruptions" if corruption == "corrupted" else corruption.replace("_", " ")
-    axes.set_title(title or f"{metric} by severity, {named}")
+    short = {"accuracy": "Accuracy", "brier": "Brier score"}.get(metric, metric.upper())
+    axes.set_title(title or f"{short} by severity, {named}")
     axes.text(0.99, 0.02, f"bands: {table.level:.0%} intervals over points", fontsize="x-small",
               color="0.4", ha="right", transform=axes.transAxes)  # fmt: skip
     axes.legend(frameon=False)
