@@ -1,6 +1,11 @@
 """Particle inference for Pyro: repulsive ensembles of any Pyro model's posterior."""
 
-from pyro_fordes import diagnostics as diagnostics, metrics as metrics
+from pyro_fordes import (
+    corruptions as corruptions,
+    diagnostics as diagnostics,
+    metrics as metrics,
+    plots as plots,
+)
 from pyro_fordes._checks import (
     ArgumentError as ArgumentError,
     CheckpointError as CheckpointError,
@@ -12,7 +17,9 @@ from pyro_fordes._checks import (
 )
 from pyro_fordes.bandwidths import Fixed as Fixed, HeatEquation as HeatEquation, Median as Median
 from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
+from pyro_fordes.comparison import compare as compare
 from pyro_fordes.dynamics import WAG as WAG, Langevin as Langevin, WNes as WNes
+from pyro_fordes.evaluation import evaluate as evaluate
 from pyro_fordes.function_spaces import Features as Features, Outputs as Outputs
 from pyro_fordes.inference import ParticleInference as ParticleInference
 from pyro_fordes.input_gradients import InputGradients as InputGradients

@@ -50,7 +50,9 @@ class MissingDependencyError(FordesError, ImportError):
 
 _EXTRAS = {
     "arviz": "arviz",
+    "PIL": "vision",
     "matplotlib": "plots",
+    "pandas": "eval",
     "sklearn": "eval",
     "torchvision": "vision",
     "xarray": "arviz",

@@ -9,6 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 import scipy.stats
+import sklearn.calibration
 import sklearn.metrics
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
@@ -117,6 +118,26 @@ def test_calibration_error(bins):
     groups = [order[start:end] for start, end in pairwise(ends) if start < end]
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
     same(value, grouped_error(groups, confidence, correct))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("bins", [1, 6, 15])
+def test_reliability(bins, adaptive):
+    confidence, predicted = MEAN.max(-1)
+    found = metrics.reliability(LOG_PROBS, LABELS, bins=bins, adaptive=adaptive)
+    assert found.points.sum() == POINTS
+    assert (found.confidence.diff() > 0).all()
+    same((found.confidence * found.points).sum(), confidence.sum())
+    same((found.accuracy * found.points).sum(), (predicted == LABELS).double().sum())
+    gaps = (found.confidence - found.accuracy).abs()
+    same((gaps * found.points).sum() / POINTS,
+         metrics.ece(LOG_PROBS, LABELS, bins=bins, adaptive=adaptive))  # fmt: skip
+    if not adaptive:
+        accuracy, mean = sklearn.calibration.calibration_curve(
+            predicted == LABELS, confidence, n_bins=bins
+        )
+        same(found.accuracy, torch.tensor(accuracy))
+        same(found.confidence, torch.tensor(mean))
 
 
 def test_a_confidence_of_one_is_in_the_last_bin():
@@ -355,6 +376,38 @@ def test_bad_input(case):
     wrong, error, pattern = BAD[case]
     with pytest.raises(error, match=pattern):
         wrong()
+
+
+EVERY = {
+    "nll": lambda p, y: metrics.nll(p, y),
+    "brier": metrics.brier,
+    "accuracy": metrics.accuracy,
+    "ece": metrics.ece,
+    "adaptive ece": lambda p, y: metrics.ece(p, y, adaptive=True),
+    "reliability": metrics.reliability,
+    "uncertainty": lambda p, y: metrics.uncertainty(p),
+    "disagreement": lambda p, y: metrics.disagreement(p),
+    "pairwise_kl": lambda p, y: metrics.pairwise_kl(p),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_metric_of_classes_names_a_nan_and_takes_one_point(name):
+    with pytest.raises(NumericalError, match="nan at particle 1, point 2, class 3"):
+        EVERY[name](NAN, LABELS)
+    found = EVERY[name](LOG_PROBS[:, :1], LABELS[:1])
+    for value in found if isinstance(found, tuple) else [found]:
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("function", REGRESSION)
+def test_every_metric_of_numbers_names_a_nan_and_takes_one_point(function):
+    with pytest.raises(NumericalError, match="predictions has the value nan at particle 2"):
+        function(broken(PREDICTIONS, math.nan, 2, 1), TARGETS)
+    if function is not metrics.rmse:
+        with pytest.raises(NumericalError, match="sd has the value nan"):
+            function(PREDICTIONS, TARGETS, broken(SD, math.nan, 0, 0))
+    assert function(PREDICTIONS[:, :1], TARGETS[:1]).isfinite()
 
 
 @pytest.mark.gpu
