@@ -236,7 +236,7 @@ class ParticleInference:
         if self._loaded is not None:
             finish_loading(self, self._loaded, space, prototype)
             return
-        particles = initial_particles(
+        particles, buffers = initial_particles(
             self._log_joint,
             self.init_loc_fn,
             self.num_particles,
@@ -245,7 +245,6 @@ class ParticleInference:
             kwargs,
             prototype,
         )
-        buffers = self._log_joint.stack_buffers(prototype, self.num_particles)
         self._space, self._particles, self._buffers = space, particles, buffers
         self._latents, self._enumerated = latents, prototype.enumerated
         try:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pyro_fordes._checks import ModelError
 from pyro_fordes._random import preserved_rng
+from pyro_fordes.bnn import FromNetwork, take_buffers
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.prototype import Prototype
+from pyro_fordes.prototype import Prototype, named_buffers
 
 
 def initial_particles(
@@ -20,7 +21,7 @@ def initial_particles(
     args: tuple,
     kwargs: Mapping[str, Any],
     prototype: Prototype,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draw every particle from a seed of its own and stack them.
 
     Args:
@@ -35,12 +36,16 @@ def initial_particles(
         prototype: the model's prototype run for these.
 
     Returns:
-        Unconstrained values, ``(particle, *shape)`` each, that require gradients.
+        Unconstrained values, ``(particle, *shape)`` each, that require gradients, and the buffers
+        that each particle has of its own.
 
     Raises:
         ModelError: if all particles are the same.
     """
     shapes = {name: prototype.trace.nodes[name]["value"].shape for name in prototype.latents}
+    buffers = log_joint.stack_buffers(prototype, num_particles)
+    module = log_joint.module
+    parameters = [] if module is None else [name for name, _ in module.named_parameters()]
     with preserved_rng():
         torch.manual_seed(seed)
         seeds = torch.randint(2**62, (num_particles,)).tolist()
@@ -50,6 +55,8 @@ def initial_particles(
             init = init_loc_fn
             if hasattr(init, "for_particle"):
                 init = init.for_particle(index, shapes)
+            if isinstance(init, FromNetwork):
+                take_buffers(init, index, buffers, named_buffers(log_joint.model), parameters)
             drawn.append(log_joint.initial(init, args, kwargs, prototype.latents))
     particles = {
         name: torch.stack([values[name] for values in drawn]) for name in prototype.latents
@@ -59,4 +66,4 @@ def initial_particles(
             "all particles start at the same values, and no force could separate them; use an "
             "init_loc_fn that draws, such as init_to_sample or init_to_uniform"
         )
-    return {name: value.requires_grad_() for name, value in particles.items()}
+    return {name: value.requires_grad_() for name, value in particles.items()}, buffers

@@ -57,7 +57,7 @@ ALLOWED = {
     "compiled": {"_random", "particles", "forces", "log_joint"},
     "checkpoint": {"_checks"},
     "loops": {"_checks", "_random", "checkpoint"},
-    "initial": {"_checks", "_random", "prototype", "log_joint"},
+    "initial": {"_checks", "_random", "bnn", "prototype", "log_joint"},
     "state": {"_checks", "checkpoint", "loops", "optimizers", "prototype", "spaces"},
     "update": {"_checks", "_random", "particles", "forces"},
     "inference": {
