@@ -126,7 +126,11 @@ class _Step:
         leaves = pytree.tree_flatten((self.args, dict(self.kwargs)))[0]
         rule = self.rule
         draws = self.log_joint.prototype(self.args, self.kwargs).draws
-        numbers: list[Any] = [rule.temperature, rule.repulsion_scale, *(at(step) for at in schedules)]
+        numbers: list[Any] = [
+            rule.temperature,
+            rule.repulsion_scale,
+            *(at(step) for at in schedules),
+        ]
         return {
             "particles": {name: value.detach() for name, value in self.particles.items()},
             "buffers": dict(self.buffers),
