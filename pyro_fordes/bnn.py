@@ -76,13 +76,15 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
     """Put priors on the parameters of a network.
 
     Every parameter becomes a latent site named by its path, such as ``"net.0.weight"`` where the
-    result is the attribute ``net`` of a model. The network itself is left as it was.
+    result is the attribute ``net`` of a model. A parameter that is tied (one tensor at several
+    places) is one site, named by the first of its paths. The network itself is left as it was.
 
     Args:
         net: any ``nn.Module``.
         prior: the standard deviation of a zero-mean Normal; or a distribution, expanded to each
             parameter's shape; or a function of the parameter's name and value that returns either,
-            or None to leave the parameter as it is (shared by all particles, and trained).
+            or None to leave the parameter as it is: shared by all particles, and trained unless
+            ``requires_grad`` is False, as it is in frozen parts.
 
     Returns:
         A copy of the network as a ``PyroModule``, to be called or used inside another one.
@@ -103,6 +105,9 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
     module = copy.deepcopy(net)
     to_pyro_module_(module)
     owners = dict(module.named_modules())
+    for path, attribute, first in _tied_places(net):
+        place, _, name = first.rpartition(".")
+        _tie(owners[path], attribute, type(net.get_submodule(path)), (owners[place], name))
     count = 0
     for name, parameter in list(module.named_parameters()):
         path, _, attribute = name.rpartition(".")
@@ -160,23 +165,61 @@ def plain_module(
 
 
 def _check_net(net: nn.Module) -> None:
-    """Refuse networks whose parameters cannot be replaced one by one, naming the place."""
-    names: dict[int, str] = {}
+    """Refuse networks with parameters that have no shape yet, naming the first."""
+    for name, parameter in net.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ArgumentError(
+                f"parameter '{name}' has no shape yet; run the network once on an example before "
+                f"bayesianize(net)"
+            )
+
+
+def _tied_places(net: nn.Module) -> list[tuple[str, str, str]]:
+    """Where parameters stand that have a name elsewhere: module, attribute and first name."""
+    first: dict[int, str] = {}
+    tied = []
     for path, module in net.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{own}" if path else own
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ArgumentError(
-                    f"parameter '{name}' has no shape yet; run the network once on an example "
-                    f"before bayesianize(net)"
-                )
-            if id(parameter) in names:
-                raise ArgumentError(
-                    f"parameters '{names[id(parameter)]}' and '{name}' of {type(net).__name__} "
-                    f"are tied, and bayesianize would give each a value of its own; untie them, "
-                    f"or sample the shared weight in the model"
-                )
-            names[id(parameter)] = name
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is not None and first.setdefault(id(parameter), name) != name:
+                tied.append((path, attribute, first[id(parameter)]))
+    return tied
+
+
+_TIED: dict[type, type] = {}
+
+
+class _NewTied:
+    """Makes an empty object of the class below, for copies and pickles."""
+
+    def __init__(self, kind: type) -> None:
+        self.__class__ = _tied_class(kind)
+
+
+def _tied_class(kind: type) -> type:
+    """A module's class, its tied parameters read where they stand first."""
+    if kind not in _TIED:
+        base: Any = PyroModule[kind]
+
+        class Tied(base):
+            def __getattr__(self, name: str) -> Any:
+                place = self.__dict__.get("_tied", {}).get(name)
+                return super().__getattr__(name) if place is None else getattr(*place)
+
+            def __reduce__(self) -> Any:
+                return _NewTied, (kind,), self.__dict__.copy()
+
+        Tied.__name__ = base.__name__
+        _TIED[kind] = Tied
+    return _TIED[kind]
+
+
+def _tie(owner: Any, attribute: str, kind: type, place: tuple[nn.Module, str]) -> None:
+    """Make a parameter of a module, made from one of a kind, that of another module."""
+    delattr(owner, attribute)
+    owner.__class__ = _tied_class(kind)
+    # In a dict, so that the other module is no submodule.
+    owner.__dict__.setdefault("_tied", {})[attribute] = place
 
 
 def _call_rule(prior: Any, name: str, parameter: Tensor) -> Any:
@@ -227,12 +270,37 @@ def _check_prior(name: str, value: Any, parameter: Tensor) -> _PriorFor:
 
 
 @dataclass(frozen=True)
+class FromNetwork:
+    """Initial values of one particle: a function of a site.
+
+    Attributes:
+        values: values of sites, by name; other sites are drawn from their priors.
+        rest: what the network has beside: buffers, and parameters that are no sites, by the name
+            that they have in the model.
+        complete: whether everything in ``rest`` must be something in the model.
+    """
+
+    values: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor]
+    complete: bool
+
+    def __call__(self, site: Any) -> Tensor:
+        """Value of a site."""
+        value = self.values.get(site["name"])
+        return init_to_sample(site) if value is None else value.detach().clone()
+
+
+Network = nn.Module | Mapping[str, Tensor]
+"""A network or its state dict."""
+
+
+@dataclass(frozen=True)
 class InitToModules:
     """Initial values from networks, one per particle; see `init_to_modules`."""
 
-    nets: Callable[[], nn.Module] | tuple[nn.Module, ...]
+    nets: Callable[[], Network] | tuple[Network, ...]
 
-    def for_particle(self, index: int, shapes: dict[str, torch.Size]) -> Callable[[Any], Tensor]:
+    def for_particle(self, index: int, shapes: Mapping[str, torch.Size]) -> FromNetwork:
         """Init function of one particle.
 
         Args:
@@ -251,34 +319,38 @@ class InitToModules:
                 f"init_to_modules got {len(self.nets)} networks, too few for particle {index + 1}; "
                 f"give one per particle, or a factory"
             )
-        if not isinstance(net, nn.Module):
+        if isinstance(net, nn.Module):
+            tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+            names = [name for name, _ in net.named_parameters()]
+        elif isinstance(net, Mapping):
+            tensors = {name: value for name, value in net.items() if isinstance(value, Tensor)}
+            names = [name for name in tensors if name in shapes] or list(tensors)
+        else:
             raise ArgumentError(
-                f"init_to_modules needs nn.Modules, got {type(net).__name__} for particle {index}"
+                f"init_to_modules needs nn.Modules or state dicts, got {type(net).__name__} for "
+                f"particle {index}"
             )
-        parameters = dict(net.named_parameters())
-        prefix = _matching_prefix(parameters, shapes)
-
-        def init(site: Any) -> Tensor:
-            name = site["name"]
-            parameter = parameters.get(name.removeprefix(prefix))
-            if parameter is None or not name.startswith(prefix):
-                return init_to_sample(site)
-            return parameter.detach().to(site["fn"].sample()).clone()
-
-        return init
+        prefix = _matching_prefix({name: tensors[name] for name in names}, shapes)
+        named = {prefix + name: tensor for name, tensor in tensors.items()}
+        values = {name: tensor for name, tensor in named.items() if name in shapes}
+        rest = {name: tensor for name, tensor in named.items() if name not in shapes}
+        return FromNetwork(values, rest, not isinstance(net, nn.Module))
 
 
 def init_to_modules(
-    nets: Callable[[], nn.Module] | Iterable[nn.Module],
+    nets: Callable[[], Network] | Iterable[Network],
 ) -> InitToModules:
     """Start each particle from its own network.
 
     Parameter names of the networks are matched to the sites of the bayesianized submodule by full
-    path; sites outside it are drawn from their priors.
+    path; sites outside it are drawn from their priors. Buffers that differ from particle to
+    particle (running statistics of BatchNorm) are taken from the network, too. Parameters without a
+    prior stay those of the model.
 
     Args:
         nets: a function that builds a freshly initialised network, called once per particle, or
-            an iterable of networks (trained ones, for instance), one per particle.
+            an iterable of networks (trained ones, for instance), one per particle. A state dict
+            may stand for a network.
 
     Returns:
         A value for ``ParticleInference(init_loc_fn=...)``.
@@ -292,10 +364,11 @@ def init_to_modules(
         >>> callable(init.for_particle(0, shapes))
         True
     """
-    if isinstance(nets, nn.Module):
+    if isinstance(nets, nn.Module | Mapping):
         raise ArgumentError(
-            "init_to_modules got one nn.Module, from which all particles would start equal; give "
-            "a function that builds a new one, or a list with one per particle"
+            f"init_to_modules got one {'nn.Module' if isinstance(nets, nn.Module) else 'dict'}, "
+            f"from which all particles would start equal; give a function that builds a new one, "
+            f"or a list with one per particle"
         )
     if callable(nets):
         return InitToModules(nets)
@@ -306,6 +379,54 @@ def init_to_modules(
             f"init_to_modules needs a function or an iterable of networks, got "
             f"{type(nets).__name__}"
         ) from None
+
+
+def take_buffers(
+    start: FromNetwork,
+    index: int,
+    stacked: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    parameters: Iterable[str],
+) -> None:
+    """Write the buffers of the network that a particle starts from into the particle's.
+
+    Args:
+        start: where the particle starts.
+        index: its row.
+        stacked: per-particle buffers of the model, changed.
+        buffers: all buffers of the model.
+        parameters: names of the model's parameters.
+
+    Raises:
+        ArgumentError: if the network has a buffer of another shape, or of another value where the
+            model has one for all particles; or if a state dict has something else left over.
+    """
+    known = {*buffers, *parameters}
+    for name, tensor in start.rest.items():
+        if name in buffers and tensor.shape != buffers[name].shape:
+            raise ArgumentError(
+                f"buffer '{name}' of the network for particle {index} has shape "
+                f"{tuple(tensor.shape)}, the model's {tuple(buffers[name].shape)}"
+            )
+        if name in stacked:
+            with torch.no_grad():
+                stacked[name][index].copy_(tensor)
+        elif name in buffers and not torch.equal(buffers[name], tensor.to(buffers[name])):
+            raise ArgumentError(
+                f"buffer '{name}' of the network for particle {index} is not that of the model, "
+                f"which all particles share, since the model does not change it; give the model "
+                f"the value that is right"
+            )
+        elif start.complete and name not in known and not _is_tied(tensor, start):
+            raise ArgumentError(
+                f"init_to_modules found '{name}' in the state dict for particle {index}, which is "
+                f"neither a latent site nor a parameter nor a buffer of the model"
+            )
+
+
+def _is_tied(tensor: Tensor, start: FromNetwork) -> bool:
+    """Whether an entry of a state dict is a site's value under another name."""
+    return any(v.shape == tensor.shape and torch.equal(v, tensor) for v in start.values.values())
 
 
 def _matching_prefix(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> str:

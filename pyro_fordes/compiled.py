@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._random import preserved_rng
-from pyro_fordes.forces import Forces, Rule, compute_forces
+from pyro_fordes.forces import Forces, Rule, compute_forces, draw_for
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Draw, Evaluation, OpenStep, Subsample
 
@@ -54,7 +54,7 @@ class CompiledForces:
         chunk_size: int | None = None,
     ) -> Forces:
         """See `compute_forces`."""
-        draw = log_joint.draw(args, kwargs)
+        draw = draw_for(rule.space if rule.repulsive else None, log_joint, args, kwargs)
         plain = (log_joint, particles, buffers, args, kwargs)
         if not measure:
             step = _Step(log_joint, particles, buffers, args, kwargs, rule, draw)
@@ -136,6 +136,7 @@ class _Step:
             "buffers": dict(self.buffers),
             "arguments": [leaf for leaf in leaves if isinstance(leaf, Tensor)],
             "indices": {name: drawn.indices for name, drawn in self.draw.subsamples.items()},
+            "rows": self.draw.rows,
             "seeds": self.log_joint.seeds(self.draw, len(like)) if draws else None,
             # Filled where they are: a copy to a GPU would wait for it.
             "numbers": [like.new_full((), number) for number in numbers],
@@ -167,7 +168,7 @@ class _Step:
                 kwargs,
                 rule,
                 measure=False,
-                draw=Draw(subsamples, self.draw.seed, inputs["seeds"]),
+                draw=Draw(subsamples, self.draw.seed, inputs["seeds"], inputs["rows"]),
             )
 
     def compile(self) -> _Graph:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.finite import finite_particles, repel_finite
+from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Call, Draw, Evaluation, Gather, Values, ravel, unravel
@@ -121,7 +122,7 @@ def compute_forces(
         buffers,
         args,
         kwargs,
-        log_joint.draw(args, kwargs) if draw is None else draw,
+        draw_for(space if repulsive else None, log_joint, args, kwargs) if draw is None else draw,
         space if repulsive else None,
         rule.gather.rows.start or 0,
     )
@@ -329,6 +330,23 @@ def _joined(parts: list[Evaluation], particles: Values) -> Evaluation:
     )
 
 
+def draw_for(
+    space: Space | None, log_joint: LogJoint, args: tuple, kwargs: Mapping[str, Any]
+) -> Draw:
+    """Random numbers of an evaluation, and the rows at which a space compares particles.
+
+    Args:
+        space: the space, prepared; None if nothing is compared.
+        log_joint: the model's log joint.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+    """
+    draw = log_joint.draw(args, kwargs)
+    if not isinstance(space, InputGradients) or space.points is None:
+        return draw
+    return replace(draw, rows=log_joint.draw_rows(space.count, space.input, args, kwargs))
+
+
 def evaluate_in(
     space: Space | None,
     log_joint: LogJoint,
@@ -354,7 +372,7 @@ def evaluate_in(
         first: index of the first of these particles among all.
         template: see ``LogJoint.replay``.
     """
-    draw = log_joint.draw(args, kwargs) if draw is None else draw
+    draw = draw_for(space, log_joint, args, kwargs) if draw is None else draw
     if space is None:
         return log_joint.evaluate(values, args, kwargs, buffers=buffers, draw=draw, first=first)
     extra = space.extra()

@@ -48,7 +48,6 @@ from pyro_fordes.particles import (
     OneProcess,
     Schedule,
     at_step,
-    count_of,
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
@@ -277,7 +276,7 @@ class ParticleInference:
                 fall_back(self)
                 raise
             return
-        particles = initial_particles(
+        particles, buffers = initial_particles(
             self._log_joint,
             self.init_loc_fn,
             self.num_particles,
@@ -287,8 +286,6 @@ class ParticleInference:
             prototype,
             self._gather,
         )
-        count = count_of(self._gather.rows, self.num_particles)
-        buffers = self._log_joint.stack_buffers(prototype, count)
         self._space, self._particles, self._buffers = space, particles, buffers
         self._latents, self._enumerated = latents, prototype.enumerated
         try:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from pyro_fordes._checks import ModelError
 from pyro_fordes._random import preserved_rng
+from pyro_fordes.bnn import FromNetwork, take_buffers
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Gather, OneProcess
-from pyro_fordes.prototype import Prototype
+from pyro_fordes.prototype import Prototype, named_buffers
 
 
 def share_parameters(log_joint: LogJoint, prototype: Prototype, gather: Gather) -> None:
@@ -36,7 +37,7 @@ def initial_particles(
     kwargs: Mapping[str, Any],
     prototype: Prototype,
     gather: Gather = OneProcess(),
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draw every particle of this process from a seed of its own and stack them.
 
     Args:
@@ -52,12 +53,16 @@ def initial_particles(
         gather: which of the particles are here.
 
     Returns:
-        Unconstrained values, ``(particle, *shape)`` each, that require gradients.
+        Unconstrained values, ``(particle, *shape)`` each, that require gradients, and the buffers
+        that each particle has of its own.
 
     Raises:
         ModelError: if all particles are the same.
     """
     shapes = {name: prototype.trace.nodes[name]["value"].shape for name in prototype.latents}
+    buffers = log_joint.stack_buffers(prototype, num_particles)
+    module = log_joint.module
+    parameters = [] if module is None else [name for name, _ in module.named_parameters()]
     with preserved_rng():
         torch.manual_seed(seed)
         seeds = torch.randint(2**62, (num_particles,)).tolist()
@@ -67,6 +72,8 @@ def initial_particles(
             init = init_loc_fn
             if hasattr(init, "for_particle"):
                 init = init.for_particle(index, shapes)
+            if isinstance(init, FromNetwork):
+                take_buffers(init, index, buffers, named_buffers(log_joint.model), parameters)
             return log_joint.initial(init, args, kwargs, prototype.latents)
 
         here = range(num_particles)[gather.rows]
@@ -81,4 +88,5 @@ def initial_particles(
             "all particles start at the same values, and no force could separate them; use an "
             "init_loc_fn that draws, such as init_to_sample or init_to_uniform"
         )
-    return {name: value.requires_grad_() for name, value in particles.items()}
+    own = {name: buffer[gather.rows].clone() for name, buffer in buffers.items()}
+    return {name: value.requires_grad_() for name, value in particles.items()}, own

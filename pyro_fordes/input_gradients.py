@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_fordes._checks import ArgumentError, ModelError, check_number, describe
 from pyro_fordes.lengthscales import Lengthscale, identity_lengthscale
 from pyro_fordes.particles import Call, Evaluation, Setting
+from pyro_fordes.perturbation import Activation
 from pyro_fordes.sites import base_distribution, observed_sites
 from pyro_fordes.spaces import Output
 
@@ -35,9 +36,17 @@ class InputGradients:
     and each output at each row is a point. A gradient of exactly zero has no direction: it is
     represented by zero and feels no force at that point.
 
+    With ``points``, the model is run once more in each step, on a random part of the batch: the
+    tensors among its arguments whose first axis is as long as the input's, cut to the same rows for
+    all particles. The repulsive force is not rescaled, since it is that of a mean over points.
+    BatchNorm in train mode then uses the statistics of these points in that run (the running
+    statistics see the whole batch only), and dropout draws masks of its own.
+
     Args:
         input: name or position of the model argument to differentiate by: a floating tensor whose
-            first axis is that of the data points.
+            first axis is that of the data points. Or the path of a submodule that is called once:
+            gradients are then by its output, such as token embeddings or the features of a
+            backbone. The name of an argument comes before a path.
         output: what is differentiated: the name of a ``pyro.deterministic`` site or an observed
             site, the path of a submodule (its output), a function of the trace, or a sequence of
             these. None takes the model's only observed site. Of an observed site, the log
@@ -50,6 +59,8 @@ class InputGradients:
         normalize: whether gradients are scaled to unit length. Inputs with a single feature need
             ``False``.
         eps: :math:`\epsilon`, in units of the gradient.
+        points: at how many points of a batch particles are compared, a number or (as a float) a
+            share of the batch, at least one; drawn at random in each step. None for all.
 
     Raises:
         ArgumentError: if an argument is of the wrong kind or, when the driver starts, does not fit
@@ -58,6 +69,8 @@ class InputGradients:
     Example:
         >>> InputGradients("x", output="logits").input
         'x'
+        >>> InputGradients("encoder.embedding", points=0.25).count(128)
+        32
     """
 
     input: int | str = 0
@@ -65,6 +78,7 @@ class InputGradients:
     lengthscale: Lengthscale | None = None
     normalize: bool = True
     eps: float = 1e-12
+    points: int | float | None = None
     submodules: tuple[str, ...] = ()
     own_values: bool = False
     has_scores: bool = False
@@ -74,8 +88,8 @@ class InputGradients:
         check_number("InputGradients(eps=...)", self.eps, minimum=0.0, exclusive=True)
         if isinstance(self.input, bool) or not isinstance(self.input, int | str):
             raise ArgumentError(
-                f"InputGradients(input=...) must be the name or position of a model argument, got "
-                f"{self.input!r}"
+                f"InputGradients(input=...) must be the name or position of a model argument or "
+                f"the path of a submodule, got {self.input!r}"
             )
         given = self.output if isinstance(self.output, tuple | list) else [self.output]
         for output in given:
@@ -84,6 +98,8 @@ class InputGradients:
                     f"InputGradients(output=...) must be a site's name, a submodule's path, a "
                     f"function of the trace, or a list of these, got {output!r}"
                 )
+        if self.points is not None:
+            _check_points(self.points)
         if self.lengthscale is not None and not isinstance(self.lengthscale, Lengthscale):
             raise ArgumentError(
                 "InputGradients(lengthscale=...) must come from identity_lengthscale(), "
@@ -100,33 +116,64 @@ class InputGradients:
             return (self.output,)
         return tuple(self.output)
 
+    def count(self, size: int) -> int:
+        """At how many of so many points particles are compared."""
+        if self.points is None:
+            return size
+        share = self.points * size if isinstance(self.points, float) else self.points
+        return max(1, min(size, round(share)))
+
     def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
         """The input must be a floating-point tensor with the features of the lengthscale."""
-        name, value = locate(self.input)
+        try:
+            name, value = locate(self.input)
+        except ArgumentError:
+            if isinstance(self.input, str):
+                return  # a submodule's path, perhaps
+            raise
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
             got = describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(
                 f"InputGradients(input={self.input!r}) is the model argument '{name}', which is "
                 f"{got}; gradients need a floating-point tensor (point, ...). Cast it, name "
-                f"another argument with input=, or compare particles in Weights()"
+                f"another argument or a submodule (that embeds it) with input=, or compare "
+                f"particles in Weights()"
             )
+        self._check_features(f"model argument '{name}'", value)
+
+    def _check_features(self, name: str, value: Tensor) -> None:
+        """Refuse a single feature, and numbers of features that the lengthscale does not have."""
         num_features = value[0].numel() if len(value) else 0
         if self.normalize and num_features == 1:
             raise ArgumentError(
-                f"the model argument '{name}' has a single feature per point, so normalised "
-                f"input gradients are all +1 or -1 and cannot tell particles apart; use "
+                f"the {name} has a single feature per point, so normalised input gradients are all "
+                f"+1 or -1 and cannot tell particles apart; use "
                 f"InputGradients(..., normalize=False)"
             )
         fitted = None if self.lengthscale is None else self.lengthscale.num_features
         if fitted not in (None, num_features):
             raise ArgumentError(
-                f"InputGradients(lengthscale=...) was fitted to {fitted} features, but the model "
-                f"argument '{name}' has {num_features} per point"
+                f"InputGradients(lengthscale=...) was fitted to {fitted} features, but the {name} "
+                f"has {num_features} per point"
             )
+
+    def _find(self, setting: Setting) -> tuple[str, Tensor]:
+        """The argument's name and value, or the submodule's path and output."""
+        try:
+            return setting.locate(self.input)
+        except ArgumentError as error:
+            if self.input not in setting.modules:
+                raise ArgumentError(
+                    f"InputGradients(input={self.input!r}): {error}; nor is it the path of a "
+                    f"submodule ({', '.join(setting.modules) or 'the model is no nn.Module'})"
+                ) from None
+        value = setting.activation(str(self.input))
+        self._check_features(f"output of submodule '{self.input}'", value)
+        return Activation(self.input), value
 
     def prepare(self, setting: Setting) -> "InputGradients":
         """Check the outputs against the model; fix what was left open."""
-        name, value = setting.locate(self.input)
+        name, value = self._find(setting)
         metric = self.lengthscale or identity_lengthscale()
         outputs = self.outputs or (_only_observed_site(setting.trace),)
         nodes = setting.trace.nodes
@@ -176,6 +223,16 @@ class InputGradients:
         return (self.lengthscale or identity_lengthscale())(g)
 
 
+def _check_points(points: Any) -> None:
+    """Refuse what is neither a positive whole number nor a share."""
+    number = isinstance(points, int | float) and not isinstance(points, bool)
+    if not number or points <= 0 or (isinstance(points, float) and not points <= 1):
+        raise ArgumentError(
+            f"InputGradients(points=...) must be a number of points (1, 2, ...), a share of the "
+            f"batch as a float above 0 and at most 1, or None for all, got {points!r}"
+        )
+
+
 def _unit(g: Tensor, eps: float) -> Tensor:
     """Gradients over their length, zero (with zero derivative) where they are zero."""
     squares = g.square().sum(-1, keepdim=True)
@@ -198,8 +255,8 @@ def _gradient(column: Tensor, x: Tensor, output: Output, name: str) -> Tensor:
         )
     if gradient is None:
         raise ModelError(
-            f"the output {output!r} does not depend on the model argument '{name}', so it has no "
-            f"input gradient; choose another with InputGradients(input=..., output=...)"
+            f"the output {output!r} does not depend on the input '{name}', so it has no input "
+            f"gradient; choose another with InputGradients(input=..., output=...)"
         )
     return gradient
 

@@ -20,7 +20,6 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -40,6 +39,14 @@ from pyro_fordes.particles import (
     Subsample,
     Values,
 )
+from pyro_fordes.perturbation import (
+    Activation,
+    output_of,
+    perturbed,
+    rows_of_arguments,
+    rows_of_subsamples,
+    zeros_like,
+)
 from pyro_fordes.prototype import (
     Prototype,
     drawing_plates,
@@ -49,33 +56,9 @@ from pyro_fordes.prototype import (
     run_prototype,
 )
 from pyro_fordes.randomness import Draws
+from pyro_fordes.runs import Replay, Run
 
 _NO_CAPTURE: tuple[()] = ()
-
-
-class _Replay(Messenger):
-    """Give latent sites a particle's values and subsampled plates the step's indices."""
-
-    def __init__(self, values: Mapping[str, Tensor], subsamples: Mapping[str, Subsample]) -> None:
-        super().__init__()
-        self._values = values
-        self._subsamples = subsamples
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self._values:
-            msg["value"] = self._values[name]
-            msg["done"] = True
-        elif name in self._subsamples and site_is_subsample(msg):
-            drawn, fn = self._subsamples[name], msg["fn"]
-            if (fn.size, fn.subsample_size) != (drawn.size, len(drawn.indices)):
-                raise ModelError(
-                    f"plate '{name}' has size {fn.size} and subsample size {fn.subsample_size}, "
-                    f"but had {drawn.size} and {len(drawn.indices)} when the model was run with "
-                    f"arguments of the same shapes; sizes must follow from the arguments' shapes"
-                )
-            msg["value"] = drawn.indices
-            msg["done"] = True
 
 
 class _Wrapped(nn.Module):
@@ -174,6 +157,7 @@ class LogJoint:
             paths,
             prototype.trace,
             prototype.latents,
+            lambda path: self._activation(path, args, kwargs),
         )
 
     def initial(
@@ -263,6 +247,49 @@ class LogJoint:
         }
         return Draw(subsamples, int(torch.randint(2**62, ())))
 
+    def draw_rows(
+        self,
+        count: Callable[[int], int],
+        input: int | str,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Some rows of the batch, from the global generator.
+
+        Args:
+            count: how many of so many rows.
+            input: argument or submodule whose output has the rows.
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            Indices in the order of the batch, or None for all rows.
+        """
+        value = self._input(input, args, kwargs)
+        size = len(value)
+        chosen = count(size)
+        return _draw(size, chosen, value.device).sort().values if chosen < size else None
+
+    def _activation(self, path: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """What a submodule puts out, its shape only, from a run with the prototype's sites."""
+        prototype = self.prototype(args, kwargs)
+        if path not in prototype.activations:
+            buffers = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
+            run = poutine.replay(self.model, trace=prototype.trace)
+            with preserved_rng(), torch.no_grad(), pyro.validation_enabled(False):
+                prototype.activations[path] = output_of(
+                    self.module,
+                    path,
+                    lambda: self._with_buffers(buffers, lambda: run(*args, **kwargs)),
+                )
+        return prototype.activations[path]
+
+    def _input(self, input: int | str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """What the model is differentiated by."""
+        if isinstance(input, Activation):
+            return self._activation(str(input), args, kwargs)
+        return self.arguments.locate(input, args, kwargs)[1]
+
     def evaluate(
         self,
         values: Values,
@@ -284,9 +311,11 @@ class LogJoint:
             kwargs: keyword arguments of the model.
             capture: function of a particle's `Call` that returns a tree of tensors.
             submodules: paths of submodules whose outputs ``capture`` reads.
-            input: argument that gets a particle axis and requires a gradient.
+            input: argument that gets a particle axis and requires a gradient, or the path of a
+                submodule (`Activation`) whose output gets a perturbation of zero.
             buffers: per-particle values of the buffers that the model changes; they are copied.
             draw: what `draw` gave, for several evaluations with equal random numbers; None draws.
+                If it has rows, captured is a further run, on these rows of the arguments.
             first: index of the first of these particles among all.
 
         Raises:
@@ -298,11 +327,16 @@ class LogJoint:
         draws = self.streams(draw, args, kwargs, first)
         _check_values(values, prototype.latents)
         count = len(next(iter(values.values())))
-        inputs, place = {}, None
+        plain = Run(args, kwargs, prototype, draw.subsamples)
+        shown = plain if draw.rows is None else self._on_rows(plain, draw.rows, input)
+        inputs = {}
         if input is not None:
-            name, tensor = self.arguments.locate(input, args, kwargs)
-            place = self.arguments.place(input, args, kwargs)
-            inputs[name] = tensor.detach().expand(count, *tensor.shape).requires_grad_()
+            value = self._input(input, shown.args, shown.kwargs)
+            if isinstance(input, Activation):
+                stand_ins = zeros_like(value, count)
+            else:
+                stand_ins = value.detach().expand(count, *value.shape)
+            inputs[self._name(input, args, kwargs)] = stand_ins.requires_grad_()
         stacked = self.stack_buffers(prototype, count)
         stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}
         shared: dict[str, Tensor] = {}
@@ -314,11 +348,16 @@ class LogJoint:
             own_buffers: dict[str, Tensor],
         ) -> tuple[Tensor, Tensor, Any]:
             constrained, log_det = _constrain(particle, prototype.latents)
-            call_args, call_kwargs = args, kwargs
-            for tensor in stand_in.values():
-                call_args, call_kwargs = substitute(args, kwargs, place, tensor)
-            with self._recorded(submodules) as modules, _Replay(constrained, draw.subsamples):
-                trace = self._trace(own_buffers, call_args, call_kwargs, prototype)
+            kept = own_buffers if shown is plain else {n: b.clone() for n, b in own_buffers.items()}
+            with (
+                self._perturbed(input, stand_in, shown) as (call_args, call_kwargs),
+                self._recorded(submodules) as modules,
+                Replay(constrained, shown.subsamples),
+            ):
+                trace = seen = self._trace(kept, call_args, call_kwargs, shown.prototype)
+            if shown is not plain:
+                with Replay(constrained, plain.subsamples):
+                    trace = self._trace(own_buffers, args, kwargs, prototype)
             if prototype.enumerated:
                 log_density = marginal_log_prob(trace)
             else:
@@ -328,7 +367,7 @@ class LogJoint:
                     shared[name] = _parameter(name, site["value"], own_parameters)
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_full((), log_density)
-            captured = _NO_CAPTURE if capture is None else capture(Call(trace, modules))
+            captured = _NO_CAPTURE if capture is None else capture(Call(seen, modules))
             return log_density, log_det, captured
 
         # Second derivatives of fused attention do not exist; the plain one has them.
@@ -340,6 +379,40 @@ class LogJoint:
         return Evaluation(
             values, log_density, log_det, captured, inputs, draw.subsamples, stacked, shared
         )
+
+    def _name(self, input: int | str, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Name of the argument, or the submodule's path."""
+        if isinstance(input, Activation):
+            return str(input)
+        return self.arguments.locate(input, args, kwargs)[0]
+
+    def _on_rows(self, run: Run, rows: Tensor, input: int | str | None) -> Run:
+        """A run on some rows of the batch.
+
+        Raises:
+            ArgumentError: if the model cannot be run on them.
+        """
+        size = len(self._input(0 if input is None else input, run.args, run.kwargs))
+        args, kwargs = rows_of_arguments(run.args, run.kwargs, size, rows)
+        prototype = self.prototype(args, kwargs)
+        subsamples = rows_of_subsamples(run.subsamples, rows, prototype.plates)
+        return Run(args, kwargs, prototype, subsamples)
+
+    @contextmanager
+    def _perturbed(
+        self, input: int | str | None, stand_in: Mapping[str, Tensor], run: Run
+    ) -> Iterator[tuple[tuple, Mapping[str, Any]]]:
+        """The arguments of a run, one of them (or a submodule's output) with a particle axis."""
+        args, kwargs = run.args, run.kwargs
+        if not stand_in or input is None:
+            yield args, kwargs
+            return
+        (tensor,) = stand_in.values()
+        if isinstance(input, Activation) and self.module is not None:
+            with perturbed(self.module, str(input), tensor):
+                yield args, kwargs
+        else:
+            yield substitute(args, kwargs, self.arguments.place(input, args, kwargs), tensor)
 
     def replay(
         self,
@@ -385,7 +458,7 @@ class LogJoint:
         self.arguments.check(args, kwargs)
         first, _ = _constrain({n: value[0] for n, value in (template or values).items()}, latents)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
-        with torch.no_grad(), pyro.validation_enabled(False), _Replay(first, {}):
+        with torch.no_grad(), pyro.validation_enabled(False), Replay(first, {}):
             trace = self._trace(own, args, kwargs)
         missing = [name for name in values if name not in trace.nodes]
         if missing:
@@ -411,7 +484,7 @@ class LogJoint:
         ) -> tuple[Any]:
             constrained, _log_det = _constrain(particle, latents)
             given = {**drawn, **constrained}
-            with self._recorded(submodules) as modules, _Replay(given, subsamples):
+            with self._recorded(submodules) as modules, Replay(given, subsamples):
                 trace = self._trace(own_buffers, args, kwargs)
             return (capture(Call(trace, modules)),)
 

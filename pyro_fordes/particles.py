@@ -301,6 +301,7 @@ class Setting:
         modules: paths of the model's submodules (empty for a plain function).
         trace: the trace of the prototype run.
         latents: the latent sites.
+        activation: the shape, dtype and device of what a submodule puts out, by its path.
         scores: whether the transport will ask for scores of the log joint.
     """
 
@@ -308,6 +309,7 @@ class Setting:
     modules: tuple[str, ...]
     trace: Any
     latents: Mapping[str, Latent]
+    activation: Callable[[str], Tensor]
     scores: bool = False
 
 
@@ -332,11 +334,13 @@ class Draw:
         subsamples: what the subsampled plates drew, by plate.
         seed: what the particles' own random numbers (dropout masks) follow from.
         seeds: seeds of the particles in place of those that follow from it, while a step is traced.
+        rows: the rows of the batch at which particles are compared; None for all.
     """
 
     subsamples: Mapping[str, Subsample]
     seed: int
     seeds: Int[Tensor, " particle"] | None = None
+    rows: Int[Tensor, " row"] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -42,6 +42,7 @@ class Prototype:
         max_plate_nesting: how many batch dimensions belong to plates; the sum uses those left of
             them.
         draws: whether runs draw random numbers beside their sites, as dropout does.
+        activations: what submodules put out, as far as it was asked for, by path.
     """
 
     trace: Any
@@ -51,6 +52,7 @@ class Prototype:
     enumerated: tuple[str, ...] = ()
     max_plate_nesting: int = 0
     draws: bool = False
+    activations: dict[str, Tensor] = field(default_factory=dict)
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:

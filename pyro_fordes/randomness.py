@@ -8,6 +8,7 @@ twice, or in several processes.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -170,6 +171,9 @@ class Stream(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call a function, or its form that draws from the stream."""
+        if func is F.multi_head_attention_forward:
+            with self:  # torch leaves the mode before it calls this method
+                return _opened_attention(*args, **(kwargs or {}))
         form = _FORMS.get(func)
         result = NotImplemented if form is None else form(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is NotImplemented else result
@@ -256,6 +260,20 @@ def _attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return _dropout(stream, scores.softmax(-1), dropout_p) @ value
+
+
+def _open(function: Any) -> Callable[..., Any]:
+    """A Python function of torch's that does not hand itself to a mode, but what it calls.
+
+    Otherwise the random functions inside would be out of a mode's reach.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+_opened_attention = _open(F.multi_head_attention_forward)
 
 
 def _empty(stream: Stream, *size: Any, **options: Any) -> Any:

@@ -364,7 +364,7 @@ STARTS = {
     "factory of something else": (
         lambda: start(Regression(), X, Y, init_loc_fn=init_to_modules(lambda: "net")),
         ArgumentError,
-        "needs nn.Modules, got str for particle 0",
+        "needs nn.Modules or state dicts, got str for particle 0",
     ),
     "modules of another shape": (
         lambda: start(Regression(), X, Y, init_loc_fn=init_to_modules(lambda: nn.Linear(4, 1))),
@@ -421,12 +421,12 @@ SPACES = {
     "output that does not depend on the input": (
         lambda: gradients("x", output="constant"),
         ModelError,
-        "'constant' does not depend on the model argument 'x'",
+        "'constant' does not depend on the input 'x'",
     ),
     "output that is detached": (
         lambda: gradients("x", output=lambda trace: trace.nodes["mean"]["value"].detach()),
         ModelError,
-        "does not depend on the model argument 'x'",
+        "does not depend on the input 'x'",
     ),
     "unknown output": (
         lambda: gradients("x", output="logit"),

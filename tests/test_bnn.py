@@ -173,9 +173,68 @@ class Tied(nn.Module):
         return self.out(self.embed(tokens))
 
 
-def test_tied_weights_are_refused():
-    with pytest.raises(ArgumentError, match=r"'embed.weight' and 'out.weight' of Tied are tied"):
-        bayesianize(Tied())
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_tied_weight_is_one_site_used_at_both_places(copied):
+    net, tokens = Tied(), torch.tensor([[0, 1], [2, 3]])
+    module = copied(bayesianize(net))
+    trace, values = sampled(module, tokens)
+    assert list(values) == ["embed.weight"]
+    weight = values["embed.weight"]
+    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], weight[tokens] @ weight.T)
+    assert isinstance(module, Tied)
+    assert isinstance(module.out, nn.Linear)
+    assert net.out.weight is net.embed.weight
+    assert not list(module.parameters())
+
+
+def test_tied_weights_without_a_prior_stay_tied():
+    module = bayesianize(
+        nn.Sequential(Tied(), nn.Linear(4, 1)), lambda n, _: None if n.startswith("0.") else 1.0
+    )
+    assert [name for name, _ in module.named_parameters()] == ["0.embed.weight"]
+    assert module[0].out.weight is module[0].embed.weight
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("prior", [1.0, lambda n, _: None if n == "embed.weight" else 1.0])
+def test_tied_weights_train_as_one_network_does(prior, vectorize):
+    """One step of one particle without a repulsion, against autograd on the plain network."""
+
+    class Language(Tied):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(3, 3)
+
+        def forward(self, tokens):
+            return self.out(torch.tanh(self.mix(self.embed(tokens))))
+
+    net = Language().double()
+    tokens, labels = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 2, 3, 0, 2])
+    inference = ParticleInference(
+        Classifier(bayesianize(net, prior)),
+        sgd,
+        1,
+        transport=Ensemble(),
+        init_loc_fn=init_to_modules([copy.deepcopy(net)]),
+        vectorize=vectorize,
+        seed=0,
+    )
+    loss = inference.step(tokens, labels)
+    plain = copy.deepcopy(net)
+    negative = nn.functional.cross_entropy(plain(tokens), labels, reduction="sum")
+    for name, parameter in plain.named_parameters():
+        if prior == 1.0 or name != "embed.weight":
+            negative = negative - log_normal(parameter, 1.0)
+    assert loss == pytest.approx(negative.item())
+    optim = sgd(plain.parameters())
+    negative.backward()
+    optim.step()
+    out = inference.module(0)
+    assert out.out.weight is out.embed.weight
+    for name, parameter in out.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-9, atol=1e-12)
 
 
 def test_a_module_used_twice_has_one_set_of_sites():
@@ -545,9 +604,14 @@ def test_shapes_tell_networks_with_equal_names_apart():
         ([mlp(2)] * 3, r"cannot match.*0\.weight.*net\.0\.weight.*names or shapes differ"),
         ([nn.Linear(3, 1)] * 3, r"cannot match.*weight, bias.*names or shapes differ"),
         ([mlp(), mlp(), mlp(2)], "cannot match"),
-        ([mlp(), "net", mlp()], "needs nn.Modules, got str for particle 1"),
+        ([mlp(), "net", mlp()], "needs nn.Modules or state dicts, got str for particle 1"),
+        ([{"0.weight": torch.zeros(4, 3)}] * 3, "cannot match"),
+        (
+            [{**mlp().state_dict(), "5.weight": torch.zeros(1)}] * 3,
+            "found 'net.5.weight' in the state dict for particle 0",
+        ),
     ],
-    ids=["too few", "shapes", "names", "the last one", "no module"],
+    ids=["too few", "shapes", "names", "the last one", "no module", "missing", "left over"],
 )
 def test_networks_that_do_not_fit(nets, pattern):
     inference = ParticleInference(
@@ -561,6 +625,68 @@ def test_networks_outside_the_support_of_a_prior_are_refused():
     model = Regression(bayesianize(nn.Linear(3, 1), prior=dist.HalfNormal(1.0)))
     with pytest.raises(NumericalError, match=r"net\.(weight|bias)"):
         start(model, *DATA, init_loc_fn=init_to_modules(lambda: nn.Linear(3, 1)))
+
+
+def normalised():
+    """A network with running statistics that it has trained."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    net(5 * torch.randn(8, 3))
+    return net
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("given", ["modules", "state dicts", "factory of state dicts"])
+def test_trained_networks_bring_their_running_statistics(given, mode):
+    nets = [normalised() for _ in range(3)]
+    start_from = nets if given == "modules" else [net.state_dict() for net in nets]
+    if given.startswith("factory"):
+        start_from = iter(start_from).__next__
+    model = getattr(Regression(bayesianize(normalised())), mode)()
+    x, y = DATA
+    inference = start(model, x, y, init_loc_fn=init_to_modules(start_from))
+    predicted = ParticlePredictive(inference).parameters(x)["y"]["loc"]
+    for i, net in enumerate(nets):
+        torch.testing.assert_close(predicted[i], net.eval()(x).squeeze(-1))
+        out = inference.module(i).state_dict()
+        assert all(torch.equal(out[name], value) for name, value in net.state_dict().items())
+    inference.step(x, y)
+    counts = inference._buffers["net.1.num_batches_tracked"]
+    assert counts.tolist() == [2 if mode == "train" else 1] * 3
+
+
+def test_a_state_dict_of_the_whole_model_and_of_tied_weights():
+    """At the root, beside a site of its own, with one weight under two names."""
+
+    class Root(Tied):
+        def forward(self, tokens, y=None):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+            logits = super().forward(tokens) * scale
+            with pyro.plate("data", len(tokens)):
+                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    nets = [Root() for _ in range(2)]
+    init = init_to_modules(net.state_dict() for net in nets)
+    tokens = torch.tensor([0, 1, 2])
+    inference = start(bayesianize(Root()), tokens, tokens, num_particles=2, init_loc_fn=init)
+    samples = inference.get_samples()
+    assert torch.equal(samples["embed.weight"], torch.stack([n.out.weight.detach() for n in nets]))
+    assert samples["scale"].shape == (2,)
+
+
+def test_buffers_that_particles_cannot_have_are_refused():
+    def net(fixed):
+        made = nn.Sequential(nn.Linear(3, 1))
+        made.register_buffer("fixed", torch.tensor(fixed))
+        return made
+
+    def begin(nets):
+        return start(Regression(bayesianize(net([1.0]))), *DATA, init_loc_fn=init_to_modules(nets))
+
+    begin(lambda: net([1.0]))
+    with pytest.raises(ArgumentError, match=r"'net.fixed' of the network for particle 1 is not"):
+        begin([net([1.0]), net([2.0]), net([1.0])])
+    with pytest.raises(ArgumentError, match=r"'net.fixed' .* has shape \(2,\), the model's \(1,\)"):
+        begin([net([1.0, 2.0])] * 3)
 
 
 def test_equal_networks_are_refused():

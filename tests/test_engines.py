@@ -237,6 +237,9 @@ def test_chunks_bound_memory_by_one_network():
 
 
 ROWS = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+attention = nn.MultiheadAttention(5, 1, dropout=0.4, batch_first=True, dtype=torch.float64)
+attention.requires_grad_(False)
 FUNCTIONS = {
     "dropout": lambda x: F.dropout(x, 0.3),
     "dropout in place": lambda x: F.dropout(x.clone(), 0.3, inplace=True),
@@ -259,6 +262,10 @@ FUNCTIONS = {
     "bernoulli_ of empty": lambda x: x * torch.empty(3, 5, dtype=x.dtype).bernoulli_(0.4),
     "uniform_": lambda x: torch.empty(3, 5, dtype=x.dtype).uniform_(-1, 2),
     "normal_": lambda x: torch.empty(3, 5, dtype=x.dtype).normal_(mean=3.0, std=0.1),
+    "multi-head attention": lambda x: attention(x[None], x[None], x[None])[0],
+    "multi-head attention, causal": lambda x: attention(
+        x[None], x[None], x[None], need_weights=False, attn_mask=CAUSAL, is_causal=True
+    )[0],
     "nn.Dropout": lambda x: nn.Dropout(0.5)(x),
 }
 
