@@ -417,6 +417,23 @@ def _own_prior(
     return -(weight * prior).sum()
 
 
+def represent_all(
+    rounds: Rounds, chunk_size: int | None
+) -> Float[Tensor, "particle point feature"]:
+    """The representation of all particles, detached.
+
+    Args:
+        rounds: the model, its particles and the space.
+        chunk_size: how many particles at a time; None for all.
+    """
+    space, parts = cast("Space", rounds.space), []
+    for rows in rounds.chunks(chunk_size):
+        evaluation = rounds.evaluate(rows, graph=False)  # nothing leads back to the particles
+        with torch.no_grad():
+            parts.append(space.represent(evaluation).detach())
+    return torch.cat(parts)
+
+
 def compute_scores(rounds: Rounds, chunk_size: int | None) -> dict[str, Tensor]:
     """Gradient of the log joint by each site's unconstrained values, ``(particle, *shape)``.
 

@@ -23,8 +23,6 @@ from pyro_fordes._checks import (
     CheckpointError,
     ModelError,
     StateError,
-    check_choice,
-    check_number,
     check_part,
     check_positive_int,
 )
@@ -32,14 +30,15 @@ from pyro_fordes._random import RandomStream, preserved_rng
 from pyro_fordes.bnn import plain_module
 from pyro_fordes.checkpoint import write
 from pyro_fordes.compiled import CompiledForces
-from pyro_fordes.faults import POLICIES, Faults
-from pyro_fordes.forces import Forces, Rounds, compute_scores, evaluate_all, evaluate_in
+from pyro_fordes.faults import Faults
+from pyro_fordes.forces import Forces, Rounds, compute_scores, draw_for, evaluate_all, represent_all
 from pyro_fordes.initial import initial_particles, share_parameters
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
 from pyro_fordes.optimizers import Optim, stepper
+from pyro_fordes.options import check_options
 from pyro_fordes.particles import (
     Call,
     Evaluation,
@@ -47,7 +46,6 @@ from pyro_fordes.particles import (
     Latent,
     OneProcess,
     Schedule,
-    at_step,
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
@@ -163,70 +161,47 @@ class ParticleInference:
         clip_norm: float | None = None,
         gather: Gather = OneProcess(),
     ) -> None:
-        if isinstance(model, type) or not callable(model):
-            got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-            raise ArgumentError(
-                f"model must be a Pyro model (a function, or an instance of a PyroModule), got "
-                f"{got}"
-            )
-        self.model = model
-        self.optim = optim
-        self._stepper = stepper(optim)
-        self.num_particles = check_positive_int("num_particles", num_particles)
-        check_part("kernel", kernel, "evaluate", "a base kernel such as RBF(Weights())")
-        self.kernel = kernel
-        check_part("transport", transport, "repel", "an update rule such as WGD() or Ensemble()")
-        self.transport = transport
-        if not callable(init_loc_fn) and not hasattr(init_loc_fn, "for_particle"):
-            raise ArgumentError(
-                f"init_loc_fn must be a function of a site, such as init_to_sample, or "
-                f"init_to_modules(...), got {type(init_loc_fn).__name__}"
-            )
-        self.init_loc_fn = init_loc_fn
-        at_step("repulsion_scale", repulsion_scale, 0)
-        self.repulsion_scale = repulsion_scale
-        self.repulsion_every = check_positive_int("repulsion_every", repulsion_every)
-        if repulsion_every > 1 and transport.uses_scores:
-            raise ArgumentError(
-                f"repulsion_every={repulsion_every} needs a transport whose repulsion can be left "
-                f"out, such as WGD(), got {type(transport).__name__}"
-            )
-        at_step("temperature", temperature, 0, exclusive=True)
-        self.temperature = temperature
-        if num_data is not None:
-            check_number("num_data", num_data, minimum=0.0, exclusive=True)
-        self.num_data = num_data
-        check_choice("vectorize", vectorize, ("auto", "vmap", "loop"))
-        self.chunk_size = (
-            None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
+        check_options(
+            model=model,
+            num_particles=num_particles,
+            kernel=kernel,
+            transport=transport,
+            init_loc_fn=init_loc_fn,
+            repulsion_scale=repulsion_scale,
+            repulsion_every=repulsion_every,
+            temperature=temperature,
+            num_data=num_data,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
+            randomness=randomness,
+            compile=compile,
+            max_plate_nesting=max_plate_nesting,
+            seed=seed,
+            diagnostics_every=diagnostics_every,
+            nan=nan,
+            clip_norm=clip_norm,
+            gather=gather,
         )
-        check_choice("randomness", randomness, ("different", "same"))
-        self.diagnostics_every = check_positive_int("diagnostics_every", diagnostics_every)
-        check_choice("nan", nan, POLICIES)
+        self.model, self.optim, self.num_particles = model, optim, num_particles
+        self.kernel, self.transport, self.init_loc_fn = kernel, transport, init_loc_fn
+        self.repulsion_scale, self.repulsion_every = repulsion_scale, repulsion_every
+        self.temperature, self.num_data = temperature, num_data
+        self.chunk_size, self.diagnostics_every = chunk_size, diagnostics_every
+        self.clip_norm, self.compile = clip_norm, compile
+        self._stepper = stepper(optim)
         self._faults = Faults(nan, num_particles)
-        if clip_norm is not None:
-            check_number("clip_norm", clip_norm, minimum=0.0, exclusive=True)
-        self.clip_norm = clip_norm
-        check_part("gather", gather, "split", "OneProcess() or distributed.Ranks()")
         self._gather = gather.split(num_particles)
         self._faults.check_split(self._gather != OneProcess())
         self._stepper.check_split(self._gather != OneProcess())
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise ArgumentError(f"seed must be an integer or None, got {seed!r}")
-        if seed is None:
-            seed = self._gather.first(lambda: int(torch.randint(2**62, ())))
-        self._seed = seed
-        self._random = RandomStream(seed)
-        if max_plate_nesting not in (None, 0):
-            check_positive_int("max_plate_nesting", max_plate_nesting)
-        if not isinstance(compile, bool):
-            raise ArgumentError(f"compile must be True or False, got {compile!r}")
         if compile and (chunk_size is not None or self._gather != OneProcess()):
             raise ArgumentError(
                 f"compile=True makes one graph of a step of all particles in one process, which "
                 f"chunk_size={chunk_size} or gather={gather!r} would cut; leave one of them out"
             )
-        self.compile = compile
+        if seed is None:
+            seed = self._gather.first(lambda: int(torch.randint(2**62, ())))
+        self._seed = seed
+        self._random = RandomStream(seed)
         self._compiled = CompiledForces() if compile else None
         self._log_joint = LogJoint(model, vectorize, max_plate_nesting, randomness)
         self._space = kernel.space
@@ -344,11 +319,11 @@ class ParticleInference:
         """Report what a device has found since the last time; on a CPU there is nothing left."""
         read_faults(self)
 
-    def _rounds(self, args: tuple, kwargs: Mapping[str, Any]) -> Rounds:
+    def _rounds(self, args: tuple, kwargs: Mapping[str, Any], space: Space | None = None) -> Rounds:
         """Evaluations of the particles on some arguments, with random numbers of their own."""
-        draw, first = self._log_joint.draw(args, kwargs), self._gather.rows.start or 0
-        particles, buffers = self._particles, self._buffers
-        return Rounds(self._log_joint, particles, buffers, args, kwargs, draw, first=first)
+        draw = draw_for(space, self._log_joint, args, kwargs)
+        first, particles = self._gather.rows.start or 0, self._particles
+        return Rounds(self._log_joint, particles, self._buffers, args, kwargs, draw, space, first)
 
     def _evaluate(
         self, args: tuple, kwargs: Mapping[str, Any], capture: Callable[[Call], Any] | None = None
@@ -555,22 +530,11 @@ class ParticleInference:
         """
         self._started()
         module = self._log_joint.module
-        here = range(self.num_particles)[self._gather.rows]
-        if isinstance(index, bool) or index not in range(self.num_particles):
-            raise ArgumentError(
-                f"module(index) must be a particle from 0 to {self.num_particles - 1}, got "
-                f"{index!r}"
-            )
-        if index not in here:
-            raise ArgumentError(
-                f"particle {index} is in another process, and those here are {list(here)}; call "
-                f"module({index}) there, or load a checkpoint in one process"
-            )
-        index -= here[0]
+        row = local_row(index, self.num_particles, self._gather)
         if module is None:
             raise ArgumentError("module(index) needs a model with a network, got a plain function")
-        values = {name: value[index] for name, value in self.get_samples().items()}
-        buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
+        values = {name: value[row] for name, value in self.get_samples().items()}
+        buffers = {name: buffer[row] for name, buffer in self._buffers.items()}
         return plain_module(module, path, values, buffers)
 
     def get_unconstrained(self) -> dict[str, Tensor]:
@@ -713,19 +677,9 @@ class ParticleInference:
             space = self.kernel.space if space is None else space
             check_part("space", space, "represent", "a space such as Weights()")
             space = self._prepare(space, args, kwargs)
-        # Nothing is differentiated by the particles, which keeps the graph small.
-        values = {name: value.detach() for name, value in self._particles.items()}
         with preserved_rng(self._gather.first):
-            evaluation = evaluate_in(
-                space,
-                self._log_joint,
-                values,
-                self._buffers,
-                args,
-                kwargs,
-                first=self._gather.rows.start or 0,
-            )
-        return self._gather(space.represent(evaluation).detach())
+            rounds = self._rounds(args, kwargs, space)
+            return self._gather(represent_all(rounds, self.chunk_size))
 
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""

@@ -259,6 +259,34 @@ def count_of(rows: slice, num_particles: int) -> int:
     return len(range(num_particles)[rows])
 
 
+def local_row(index: int, num_particles: int, gather: Gather) -> int:
+    """Which of the particles here is number ``index`` of all.
+
+    Args:
+        index: number of the particle.
+        num_particles: how many there are.
+        gather: which of them are here.
+
+    Raises:
+        ArgumentError: if there is no such particle, or not here.
+
+    Example:
+        >>> local_row(2, 3, OneProcess())
+        2
+    """
+    if isinstance(index, bool) or index not in range(num_particles):
+        raise ArgumentError(
+            f"module(index) must be a particle from 0 to {num_particles - 1}, got {index!r}"
+        )
+    here = range(num_particles)[gather.rows]
+    if index not in here:
+        raise ArgumentError(
+            f"particle {index} is in another process, and those here are {list(here)}; call "
+            f"module({index}) there, or load a checkpoint in one process"
+        )
+    return index - here[0]
+
+
 @dataclass(frozen=True)
 class Latent:
     """A continuous latent site.

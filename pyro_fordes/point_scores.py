@@ -20,7 +20,7 @@ from pyro_fordes.metrics.classification import (
 )
 from pyro_fordes.metrics.regression import point_covered, point_crps, point_squared_error
 from pyro_fordes.metrics.uncertainty import point_disagreement, uncertainty
-from pyro_fordes.prediction import ParticlePredictive, _eval_mode
+from pyro_fordes.prediction import ParticlePredictive, eval_mode
 from pyro_fordes.prototype import module_of
 from pyro_fordes.sites import base_distribution
 
@@ -62,7 +62,7 @@ def find_site(inference: Any, name: str | None, batch: Any) -> Site:
                             f"{observed}")  # fmt: skip
     name = observed[0] if name is None else name
     # Not in train mode, in which BatchNorm refuses a batch of one point.
-    with _eval_mode(module_of(inference.model)):
+    with eval_mode(module_of(inference.model)):
         trace = inference.prototype(*args, **kwargs).trace
     base = type(base_distribution(trace.nodes[name]["fn"]))
     if issubclass(base, Categorical | OneHotCategorical | Bernoulli):
@@ -179,7 +179,7 @@ class PointScores:
                 if tensor.shape == value.shape and torch.equal(tensor.to(value.dtype), value):
                     self._place = place, value.dtype
                     return value
-        with _eval_mode(module_of(self.inference.model)):
+        with eval_mode(module_of(self.inference.model)):
             plates = self.inference.prototype(*args, **kwargs).plates
         if plates:
             raise ModelError(

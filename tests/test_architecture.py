@@ -111,8 +111,10 @@ ALLOWED = {
         "summary",
     },
     "update": {"_random", "faults", "particles", "forces", "randomness", "rollback"},
+    "options": {"_checks", "faults", "kernels", "particles", "transports"},
     "inference": {
         "compiled",
+        "options",
         "faults",
         "rollback",
         "update",
