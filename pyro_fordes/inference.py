@@ -46,6 +46,7 @@ from pyro_fordes.particles import (
     Latent,
     OneProcess,
     Schedule,
+    local_row,
 )
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
