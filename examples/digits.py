@@ -380,7 +380,8 @@ def main() -> None:
     print_table(results)
 
     x = data.scale(data.test_images)
-    to_arviz(inferences[FORDE], x, data.test_labels).to_netcdf(str(options.out / "digits.nc"))
+    exported = to_arviz(inferences[FORDE], x, data.test_labels, sites=["net.4.*"])
+    exported.to_netcdf(str(options.out / "digits.nc"))
     draw(results, inferences, data, options.out / "digits.png")
     print(
         f"{options.particles} particles, {options.epochs} epochs, {options.seeds} seed(s), "

@@ -94,8 +94,8 @@ def collapsed(particles: Values, log_joint: Tensor | None) -> str | None:
         return None
     return (
         f"{close} of {count} particles are nearly copies of another one: they count as one draw. "
-        f"Strengthen the repulsion (repulsion_scale), compare particles in another space, or start "
-        f"them further apart"
+        f"Use a transport that repels or raise repulsion_scale, compare particles in another "
+        f"space, or start them further apart"
     )
 
 

@@ -29,8 +29,6 @@ from tests.models import Regression
 
 OLD = arviz.__version__.startswith("0.")
 pytestmark = [
-    # ArviZ 0.23 calls an old interface of matplotlib.
-    pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning"),
     # 1.x divides by the number of Pareto k's, which is 0 where all are left out.
     pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
 ]
