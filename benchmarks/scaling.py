@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(fan_in, fan_out, 1, stride, bias=False) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions beside a shortcut."""
+        """Add them."""
         y = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
@@ -86,7 +86,7 @@ class Classifier(PyroModule):
         self.net = bayesianize(resnet8(), prior=1.0)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Observe the classes of some images."""
+        """Labels given images; the plate scales a batch to the whole training set."""
         logits = self.net(x)
         with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=y)

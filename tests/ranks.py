@@ -74,7 +74,9 @@ def torchrun(size, script, *arguments, options=(), timeout=240):
     """Run a script under torchrun; returns what it printed."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += ["--master-port", free_port(), *options, str(script), *map(str, arguments)]
+    if "--standalone" not in options:
+        command += ["--master-port", free_port()]
+    command += [*options, str(script), *map(str, arguments)]
     return subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -248,7 +250,7 @@ def train(
     failure=None,
     checkpoint=None,
     data_of=None,
-    timeout=60,
+    patience=60,
     silence=20,
 ):
     """Fit with a loader that shuffles; ``failure`` says what goes wrong and when."""
@@ -259,7 +261,7 @@ def train(
     from pyro_fordes import RBF, InputGradients, ParticleInference
     from pyro_fordes.distributed import Ranks
 
-    ranks = Ranks(timeout=timedelta(seconds=timeout), silence=timedelta(seconds=silence))
+    ranks = Ranks(timeout=timedelta(seconds=patience), silence=timedelta(seconds=silence))
     if failure is not None:
         fail(*failure)
     torch.manual_seed(11 + ranks.rank)  # rank 0 decides on the order of the data

@@ -1,6 +1,9 @@
 """Particles on several ranks: the same numbers as on one, what is sent, and ranks that fail."""
 
+import os
 import re
+import subprocess
+import sys
 from datetime import timedelta
 
 import pyro
@@ -127,7 +130,7 @@ def test_restarted_by_torchrun(undisturbed, tmp_path):
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named(failure, culprit, said, tmp_path):
-    options = {"failure": failure, "checkpoint": str(tmp_path / "run"), "timeout": 8, "silence": 5}
+    options = {"failure": failure, "checkpoint": str(tmp_path / "run"), "patience": 8, "silence": 5}
     codes, printed = ranks.run_ranks(
         "train", tmp_path / "out.pt", 3, timeout=60, stuck=[culprit], **options
     )
@@ -265,3 +268,26 @@ def test_errors_of_the_first_process_keep_their_kind(tmp_path):
         ParticleInference.load(
             tmp_path / "none.pt", lambda: None, pyro.optim.Adam({}), gather=Ranks()
         )
+
+
+def test_the_example_gives_the_same_on_one_process_and_two(tmp_path):
+    """Started as a user would start it."""
+    script = ranks.ROOT / "examples" / "distributed.py"
+    common = ["--smoke", "--particles", "3", "--out"]
+    run = ranks.torchrun(2, script, *common, tmp_path / "two.pt", options=["--standalone"])
+    assert run.returncode == 0, run.stderr
+    assert "3 particles on 2 processes" in run.stdout
+    alone = subprocess.run(
+        [sys.executable, script, *common, tmp_path / "one.pt"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert "3 particles on 1 processes" in alone.stdout
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert {value.shape[0] for value in two.values()} == {3}
+    assert set(one) == set(two)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=TOLERANCE)
