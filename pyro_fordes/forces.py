@@ -344,7 +344,7 @@ def draw_for(
     draw = log_joint.draw(args, kwargs)
     if not isinstance(space, InputGradients) or space.points is None:
         return draw
-    return replace(draw, rows=log_joint.draw_rows(space.count, space.input, args, kwargs))
+    return log_joint.with_rows(draw, space.count, space.input, args, kwargs)
 
 
 def evaluate_in(

@@ -55,7 +55,7 @@ from pyro_fordes.prototype import (
     named_buffers,
     run_prototype,
 )
-from pyro_fordes.randomness import Draws
+from pyro_fordes.randomness import Draws, mixed
 from pyro_fordes.runs import Replay, Run
 
 _NO_CAPTURE: tuple[()] = ()
@@ -247,28 +247,32 @@ class LogJoint:
         }
         return Draw(subsamples, int(torch.randint(2**62, ())))
 
-    def draw_rows(
+    def with_rows(
         self,
+        draw: Draw,
         count: Callable[[int], int],
         input: int | str,
         args: tuple,
         kwargs: Mapping[str, Any],
-    ) -> Tensor | None:
-        """Some rows of the batch, from the global generator.
+    ) -> Draw:
+        """Random numbers with some rows of the batch, which follow from their seed.
 
         Args:
+            draw: what `draw` gave.
             count: how many of so many rows.
             input: argument or submodule whose output has the rows.
             args: positional arguments of the model.
             kwargs: keyword arguments of the model.
-
-        Returns:
-            Indices in the order of the batch, or None for all rows.
         """
         value = self._input(input, args, kwargs)
         size = len(value)
         chosen = count(size)
-        return _draw(size, chosen, value.device).sort().values if chosen < size else None
+        if chosen >= size:
+            return draw
+        # From a generator of its own, so that all else is drawn as it is without rows.
+        generator = torch.Generator(value.device).manual_seed(mixed(draw.seed, -2))
+        rows = torch.randperm(size, device=value.device, generator=generator)[:chosen]
+        return replace(draw, rows=rows.sort().values)
 
     def _activation(self, path: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """What a submodule puts out, its shape only, from a run with the prototype's sites."""
@@ -348,16 +352,19 @@ class LogJoint:
             own_buffers: dict[str, Tensor],
         ) -> tuple[Tensor, Tensor, Any]:
             constrained, log_det = _constrain(particle, prototype.latents)
-            kept = own_buffers if shown is plain else {n: b.clone() for n, b in own_buffers.items()}
+            if shown is not plain:  # the run of the step comes first, so its random numbers do
+                kept = {name: buffer.clone() for name, buffer in own_buffers.items()}
+                with Replay(constrained, plain.subsamples):
+                    trace = self._trace(own_buffers, args, kwargs, prototype)
+                own_buffers = kept
             with (
                 self._perturbed(input, stand_in, shown) as (call_args, call_kwargs),
                 self._recorded(submodules) as modules,
                 Replay(constrained, shown.subsamples),
             ):
-                trace = seen = self._trace(kept, call_args, call_kwargs, shown.prototype)
-            if shown is not plain:
-                with Replay(constrained, plain.subsamples):
-                    trace = self._trace(own_buffers, args, kwargs, prototype)
+                seen = self._trace(own_buffers, call_args, call_kwargs, shown.prototype)
+            if shown is plain:
+                trace = seen
             if prototype.enumerated:
                 log_density = marginal_log_prob(trace)
             else:
@@ -394,7 +401,13 @@ class LogJoint:
         """
         size = len(self._input(0 if input is None else input, run.args, run.kwargs))
         args, kwargs = rows_of_arguments(run.args, run.kwargs, size, rows)
-        prototype = self.prototype(args, kwargs)
+        try:
+            prototype = self.prototype(args, kwargs)
+        except Exception as error:
+            raise ArgumentError(
+                f"InputGradients(points=...) runs the model on {len(rows)} of the {size} rows of "
+                f"its arguments, which failed: {type(error).__name__}: {error}"
+            ) from error
         subsamples = rows_of_subsamples(run.subsamples, rows, prototype.plates)
         return Run(args, kwargs, prototype, subsamples)
 

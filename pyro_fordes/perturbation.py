@@ -142,7 +142,8 @@ def rows_of_subsamples(
     found = {}
     for name, (size, count, _) in plates.items():
         drawn = subsamples.get(name)
-        if drawn is None or count not in (len(drawn.indices), len(rows)):
+        counts = () if drawn is None or drawn.size != size else (len(drawn.indices), len(rows))
+        if drawn is None or count not in counts:
             raise ArgumentError(
                 f"InputGradients(points=...) runs the model on {len(rows)} rows of its arguments, "
                 f"where plate '{name}' draws {count} of {size}; give the plate "

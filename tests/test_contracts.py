@@ -82,6 +82,11 @@ SPACES = {
     "InputGradients, tuned": InputGradients(
         "x", output="logits", lengthscale=tuned_lengthscale(X, 0.3)
     ),
+    "InputGradients by a submodule": InputGradients("net.0", output="net"),
+    "InputGradients at some points": InputGradients("x", output="net", points=4),
+    "InputGradients by a submodule at some points": InputGradients(
+        "net.0", output="logits", points=0.5, normalize=False
+    ),
     "Outputs": Outputs(),
     "Outputs, point by point": Outputs(group="point"),
     "Outputs of a site": Outputs("logits"),
@@ -314,6 +319,7 @@ def represented(space, vectorize="vmap", order=None, num_particles=4):
     if order is not None:
         particles = {n: v.detach()[order].requires_grad_() for n, v in particles.items()}
     ready = inference._space
+    torch.manual_seed(0)  # some spaces draw points
     evaluation = evaluate_in(ready, inference._log_joint, particles, {}, (X, Y), {})
     return ready.represent(evaluation), particles
 
