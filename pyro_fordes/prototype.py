@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ModelError, NumericalError, describe
+from pyro_fordes._checks import FordesError, ModelError, NumericalError, describe
 from pyro_fordes._random import preserved_rng, random_state
 from pyro_fordes.enumeration import Enumerate, marginal_log_prob
 from pyro_fordes.particles import Latent
@@ -97,7 +97,7 @@ def run_prototype(
     try:
         with preserved_rng(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trace = _validated_trace(model, args, kwargs)
+            trace = _explained(model, args, kwargs)
             enumerated = tuple(enumerated_sites(trace))
             nesting = _plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
             if enumerated:
@@ -202,6 +202,35 @@ def _running_statistics(model: Callable[..., Any]) -> set[str]:
         for name, _ in module.named_buffers(recurse=False)
         if name in ("running_mean", "running_var", "num_batches_tracked")
     }
+
+
+def _explained(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """`_validated_trace`, with what tensors and distributions refuse as an error of the model.
+
+    Other exceptions are the model's own, and reach the user as they are.
+    """
+    try:
+        return _validated_trace(model, args, kwargs)
+    except FordesError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        given = [*map(_in_words, args), *(f"{n}={_in_words(v)}" for n, v in kwargs.items())]
+        raise _also(error)(
+            f"the model cannot be run with the arguments ({', '.join(given)}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _also(error: Exception) -> type[ModelError]:
+    """`ModelError` that is caught as an error of the built-in kind as well."""
+    for kind in (ValueError, TypeError, IndexError, AttributeError):
+        if isinstance(error, kind):
+            return type("ModelError", (ModelError, kind), {"__module__": ModelError.__module__})
+    return ModelError
+
+
+def _in_words(value: Any) -> str:
+    return describe(value) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _validated_trace(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
