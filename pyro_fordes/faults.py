@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_fordes._checks import ArgumentError, NumericalError
 from pyro_fordes.particles import Gather, OneProcess
-from pyro_fordes.rollback import like
+from pyro_fordes.rollback import like, own_rows
 
 POLICIES = ("raise", "skip", "reset")
 
@@ -163,6 +163,29 @@ def broken_values(values: Mapping[str, Tensor], shared: Mapping[str, Tensor]) ->
     broken = ~finite_rows(values.values())
     causes = tuple(("value", name) for name in values)
     return Broken(causes, broken, *_of_shared("value", shared, broken))
+
+
+def broken_states(
+    values: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> Broken:
+    """Particles of which an optimiser's state is not finite, so that its step would spoil them.
+
+    Args:
+        values: of the particles.
+        optimizers: theirs.
+    """
+    count = len(next(iter(values.values())))
+    kept: dict[str, list[Tensor]] = {name: [] for name in values}
+    for one in optimizers:
+        for name, tensor in values.items():
+            entries = one.state.get(tensor, {}).values()
+            kept[name] += [e for e in entries if isinstance(e, Tensor) and own_rows(e, count)]
+    rows = {name: finite_rows(entries).all(0) for name, entries in kept.items() if entries}
+    if not rows:
+        empty = torch.zeros(0, count, dtype=torch.bool)
+        return Broken((), empty, (), torch.zeros(0, dtype=torch.bool))
+    causes = tuple(("value", name) for name in rows)
+    return Broken(causes, ~torch.stack(list(rows.values())), (), torch.zeros(0, dtype=torch.bool))
 
 
 def _of_shared(

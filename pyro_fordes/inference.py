@@ -95,7 +95,9 @@ class ParticleInference:
         chunk_size: evaluate so many particles at a time, so that a step holds the activations of
             one chunk only. Spaces that compare what the model computes (`InputGradients`,
             `Outputs`, `Features`) then cost one more forward pass per chunk but the last. The
-            numbers do not change. None evaluates all together.
+            numbers do not change. On a CPU no copy of the particles is kept either, so that an
+            optimiser that fails in its step may leave some sites moved. None evaluates all
+            together.
         randomness: whether dropout and other random numbers in the model are ``"different"`` for
             each particle or the ``"same"`` for all.
         compile: trace each kind of step (model, both backward passes, kernel) to one graph and

@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_fordes._checks import NumericalError
 from pyro_fordes._random import RandomStream
 from pyro_fordes.faults import (
     Actions,
     Broken,
     Faults,
     broken_forces,
+    broken_states,
     broken_values,
     clipped,
     of_all,
@@ -73,6 +75,12 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     waits = faults.waits(log_joint.device)
     gather = inference._gather
     alone = isinstance(gather, OneProcess)  # else faults elsewhere are known at the end of the step
+    # chunk_size is for little memory: then nothing is copied, and what an optimiser would spoil is
+    # looked for before it moves.
+    spare = inference.chunk_size is not None and alone and not waits and faults.policy == "raise"
+    if spare:
+        own = inference._stepper.optimizers(inference._particles)
+        broken = broken.joined(broken_states(inference._particles, own))
     fault = waits or bool(broken.any)
     if alone and fault and not waits and (faults.policy == "raise" or bool(broken.rows.all())):
         # Nothing has moved yet, and nothing will.
@@ -93,7 +101,8 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     for name, tensor in parameters.items():
         tensor.grad = {**gradients, **shared_gradients}[name]
     stepper, before = inference._stepper, inference._before
-    before.take(parameters, stepper.optimizers(parameters))
+    if not spare:
+        before.take(parameters, stepper.optimizers(parameters))
     try:
         noise = Noise(inference._particles.values(), gather.rows.start or 0)
         with inference._random.active(), noise:  # an optimiser may draw noise
@@ -102,13 +111,20 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
         measured = forces.diagnostics or {}
         log_joint, broken, measured = of_all(gather, log_joint, broken, measured)
         fault = waits or bool(broken.any)
+        if spare and fault:
+            raise NumericalError(
+                f"at step {inference._step} the optimiser moved a particle to a place that is not "
+                f"finite, and with chunk_size no copy is kept to go back to; load the last "
+                f"checkpoint, and lower the learning rate"
+            )
         if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
             before.restore(parameters, stepper.optimizers(parameters))
             _tell(inference, broken, log_joint, args, kwargs, place)
             return _mean_loss(log_joint, broken)
     except BaseException:
         # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
-        before.restore(parameters, stepper.optimizers(parameters))
+        if not spare:
+            before.restore(parameters, stepper.optimizers(parameters))
         raise
     finally:
         for tensor in parameters.values():

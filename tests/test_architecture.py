@@ -110,7 +110,7 @@ ALLOWED = {
         "spaces",
         "summary",
     },
-    "update": {"_random", "faults", "particles", "forces", "randomness", "rollback"},
+    "update": {"_checks", "_random", "faults", "particles", "forces", "randomness", "rollback"},
     "options": {"_checks", "faults", "kernels", "particles", "transports"},
     "inference": {
         "compiled",

@@ -249,11 +249,12 @@ def test_a_broken_loss_with_a_finite_gradient_is_still_smoothed(rule):
 
 @pytest.mark.parametrize("how", ["loss", "force", "representation"])
 @pytest.mark.parametrize("rule", ["input gradients", "Stein", "ensemble"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("optim", ["Pyro Adam", "scheduler", "ClippedAdam"])
-def test_raise_leaves_everything_as_it_was(rule, how, optim):
+def test_raise_leaves_everything_as_it_was(rule, how, optim, chunk_size):
     if how == "representation" and rule != "input gradients":
         pytest.skip("nothing else is compared")
-    clean, faulty = (started(rule, optim) for _ in range(2))
+    clean, faulty = (started(rule, optim, chunk_size=chunk_size) for _ in range(2))
     before = faulty.state_dict()
     for inference in (clean, faulty):
         inference.model.how = how
@@ -273,9 +274,12 @@ def test_raise_leaves_everything_as_it_was(rule, how, optim):
 
 
 @pytest.mark.parametrize("optim", ["Pyro Adam", "site by site", "torch SGD", "scheduler"])
-@pytest.mark.parametrize("policy", ["raise", "skip", "reset"])
-def test_nan_in_the_optimisers_state(optim, policy):
-    clean, faulty = (started("input gradients", optim, nan=policy) for _ in range(2))
+@pytest.mark.parametrize(
+    ("policy", "chunk_size"), [("raise", None), ("skip", None), ("reset", None), ("raise", 2)]
+)
+def test_nan_in_the_optimisers_state(optim, policy, chunk_size):
+    options = {"nan": policy, "chunk_size": chunk_size}
+    clean, faulty = (started("input gradients", optim, **options) for _ in range(2))
     weight = faulty._particles["net.weight"]
     (one,) = [o for o in faulty._stepper.optimizers(faulty._particles) if weight in o.state]
     key = "momentum_buffer" if optim == "torch SGD" else "exp_avg"
@@ -299,6 +303,20 @@ def test_nan_in_the_optimisers_state(optim, policy):
         faulty.run(3, X, Y, progress_bar=False)
         assert faulty.diagnostics()["faults"][BROKEN] == 1
         assert all(value.isfinite().all() for value in states(faulty, slice(None)).values())
+
+
+def test_without_copies_an_overflow_of_the_optimiser_is_told():
+    """In chunks no copy is kept: force and state are finite, the step is not."""
+
+    def huge(params):
+        return torch.optim.SGD(params, lr=1e308)
+
+    OPTIMISERS["huge"] = lambda: huge
+    inference = make("ensemble", "huge", chunk_size=2)
+    with pytest.raises(NumericalError, match="no copy is kept to go back to"):
+        inference.run(5, X, Y, progress_bar=False)
+    assert not inference._before._values
+    del OPTIMISERS["huge"]
 
 
 @pytest.mark.parametrize("optim", ["Pyro Adam", "ClippedAdam", "scheduler"])
