@@ -73,7 +73,7 @@ ALLOWED = {
         "rollback",
         "spaces",
     },
-    "update": {"_random", "faults", "particles", "forces", "rollback"},
+    "update": {"_checks", "_random", "faults", "particles", "forces", "rollback"},
     "inference": {
         "compiled",
         "faults",
