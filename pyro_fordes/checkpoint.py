@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_fordes._checks import CheckpointError
+from pyro_fordes._checks import ArgumentError, CheckpointError
 
 FORMAT = 2
 """Number of the file format; it changes when older versions could not read a file."""
@@ -54,11 +54,11 @@ def write(path: str | Path, state: Mapping[str, Any]) -> Path:
         ...     read(path)["step"]
         3
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"cannot write the checkpoint {path}: it is a folder; name a file")
+    path = _path(path)
     temporary = None
     try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
@@ -67,7 +67,7 @@ def write(path: str | Path, state: Mapping[str, Any]) -> Path:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {error}; an older file of that name is unchanged"
         ) from error
@@ -75,6 +75,13 @@ def write(path: str | Path, state: Mapping[str, Any]) -> Path:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _path(path: object) -> Path:
+    """A file's name as a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"path must be a text or a pathlib.Path, got {path!r}")
+    return Path(path)
 
 
 def read(path: str | Path, device: Any = None) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def read(path: str | Path, device: Any = None) -> dict[str, Any]:
         CheckpointError: if there is no such file, or it is damaged, of another kind or of a format
             that this version does not know.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
@@ -111,7 +118,7 @@ def read(path: str | Path, device: Any = None) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {path} is damaged: its checksum does not fit its content"
         )
-    if number != FORMAT and number not in _UPGRADES:
+    if not isinstance(number, int) or (number != FORMAT and number not in _UPGRADES):
         versions = state.get("versions")
         wrote = versions.get("pyro_fordes") if isinstance(versions, dict) else None
         raise CheckpointError(

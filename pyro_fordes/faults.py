@@ -314,12 +314,21 @@ class Faults:
         done = f"particles {particles} were left as they are"
         if self.policy == "reset" and particles and actions.redraw(particles, step):
             done = f"particles {particles} were drawn again near others"
+        self._warn(f"{what}; {done if particles else 'it was left as it is'}", hint)
+
+    def refused(self, error: NumericalError, step: int) -> None:
+        """Count a step at which the model could not be run, so that no particle moved."""
+        self.count = self.count + 1
+        self._warn(f"at step {step} no particle moved: {error}", "Check the data for NaN")
+
+    def _warn(self, what: str, hint: str) -> None:
+        """Say it, if it is the first time."""
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{what}; {done if particles else 'it was left as it is'} (nan={self.policy!r}). "
-                f"{hint}. This is said once; diagnostics()['faults'] counts further ones",
-                stacklevel=5,
+                f"{what} (nan={self.policy!r}). {hint}. This is said once; "
+                f"diagnostics()['faults'] counts further ones",
+                stacklevel=6,
             )
 
 

@@ -234,6 +234,8 @@ def fit_epochs(
     _check_fit(loader, num_epochs, callback)
     saver, position = None, Position()
     if checkpoint is not None:
+        if not isinstance(checkpoint, str | Path):
+            raise ArgumentError(f"fit(checkpoint=...) must be a folder's name, got {checkpoint!r}")
         every = CHECKPOINT_EVERY if checkpoint_every is None else checkpoint_every
         saver = Saver(Path(checkpoint), _checked_every(every), keep, inference)
         check_positive_int("keep", keep)
@@ -385,6 +387,11 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     """A batch as positional and keyword arguments of the model."""
     if isinstance(batch, Mapping):
+        if not all(isinstance(name, str) for name in batch):
+            raise ArgumentError(
+                f"the keys of a batch that is a mapping must be names of arguments of the model, "
+                f"got {list(batch)}"
+            )
         return (), dict(batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}

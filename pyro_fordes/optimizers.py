@@ -86,9 +86,14 @@ class PyroStepper:
         if self._together is not None:
             names = {tensor: name for name, tensor in parameters.items()}
             order = [names[tensor] for tensor in _tensors(self._together)]
-            return {"order": order, "state": self._together.state_dict()}
+            kind = type(self._together).__name__
+            return {"kind": kind, "order": order, "state": self._together.state_dict()}
         made = {name: optims[tensor] for name, tensor in parameters.items() if tensor in optims}
-        return {"sites": {name: _get_state_dict(one) for name, one in made.items()}}
+        kinds = [type(one).__name__ for one in self.optimizers(parameters)]
+        return {
+            "kind": kinds[0] if kinds else None,
+            "sites": {name: _get_state_dict(one) for name, one in made.items()},
+        }
 
     def load_state_dict(
         self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
@@ -99,7 +104,7 @@ class PyroStepper:
             return
         if "order" in state:
             ordered = {name: parameters[name] for name in state["order"]}
-            self._together = _restored(self._make(ordered), state["state"])
+            self._together = _restored(self._make(ordered), state["state"], state.get("kind"))
             self._joined.update(ordered.values())
             return
         store, optim = pyro.get_param_store(), self.optim
@@ -109,7 +114,10 @@ class PyroStepper:
                 store[name] = tensor  # options may depend on the name
                 try:
                     made = optim._get_optim(tensor)
+                    _check_kind(getattr(made, "optimizer", made), state.get("kind"))
                     _load_state_dict(made, saved)
+                except CheckpointError:
+                    raise
                 except Exception as error:
                     raise _unfit(self.optim.pt_optim_constructor.__name__, error) from error
                 optim.optim_objs[tensor] = made
@@ -187,8 +195,20 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
-def _restored(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _check_kind(optimizer: torch.optim.Optimizer, kind: str | None) -> None:
+    """Refuse the state of an optimiser of another class, which torch would take."""
+    if kind not in (None, type(optimizer).__name__):
+        raise CheckpointError(
+            f"the saved optimiser state does not fit {type(optimizer).__name__}: it is that of "
+            f"{kind}; use the optimiser that it was saved with"
+        )
+
+
+def _restored(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], kind: str | None
+) -> torch.optim.Optimizer:
     """An optimiser with a state that one of its kind has given."""
+    _check_kind(optimizer, kind)
     groups = [len(group["params"]) for group in state["param_groups"]]
     if len(groups) > 1 and len(optimizer.param_groups) == 1:
         # Parameters that came later have groups of their own.
@@ -276,7 +296,8 @@ class TorchStepper:
             return None
         names = {tensor: name for name, tensor in parameters.items()}
         order = [names[tensor] for tensor in _tensors(self.optimizer)]
-        return {"order": order, "state": self.optimizer.state_dict()}
+        kind = type(self.optimizer).__name__
+        return {"kind": kind, "order": order, "state": self.optimizer.state_dict()}
 
     def load_state_dict(
         self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
@@ -285,7 +306,7 @@ class TorchStepper:
         self.optimizer = None
         if state is not None:
             made = self._make({name: parameters[name] for name in state["order"]})
-            self.optimizer = _restored(made, state["state"])
+            self.optimizer = _restored(made, state["state"], state.get("kind"))
 
 
 def stepper(optim: Any) -> Stepper:

@@ -204,6 +204,9 @@ def _running_statistics(model: Callable[..., Any]) -> set[str]:
     }
 
 
+_KINDS = (ValueError, TypeError, IndexError, AttributeError)
+
+
 def _explained(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """`_validated_trace`, with what tensors and distributions refuse as an error of the model.
 
@@ -213,7 +216,7 @@ def _explained(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
         return _validated_trace(model, args, kwargs)
     except FordesError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (RuntimeError, ZeroDivisionError, *_KINDS) as error:
         given = [*map(_in_words, args), *(f"{n}={_in_words(v)}" for n, v in kwargs.items())]
         raise _also(error)(
             f"the model cannot be run with the arguments ({', '.join(given)}): "
@@ -223,7 +226,7 @@ def _explained(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 
 def _also(error: Exception) -> type[ModelError]:
     """`ModelError` that is caught as an error of the built-in kind as well."""
-    for kind in (ValueError, TypeError, IndexError, AttributeError):
+    for kind in _KINDS:
         if isinstance(error, kind):
             return type("ModelError", (ModelError, kind), {"__module__": ModelError.__module__})
     return ModelError

@@ -92,7 +92,7 @@ def samples_of(inference: Any, gather: bool) -> dict[str, Tensor]:
 
 def take_state(inference: Any, state: Mapping[str, Any]) -> None:
     """See ``ParticleInference.load_state_dict``."""
-    missing = [name for name in _PARTS if name not in state]
+    missing = [name for name in _PARTS if not isinstance(state, Mapping) or name not in state]
     if missing:
         raise CheckpointError(
             f"this is no state of a ParticleInference: it lacks {missing}; state_dict() or "

@@ -1,5 +1,6 @@
 """One update of a `ParticleInference`: forces, the optimiser's step, and what may go wrong."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,13 +66,21 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     repels = inference._step % inference.repulsion_every == 0
     measure = repels and inference._step % inference.diagnostics_every < inference.repulsion_every
     place = inference._random.place
-    with inference._random.active():
-        forces = forces_of(inference, args, kwargs, measure)
+    faults = inference._faults
+    try:
+        with inference._random.active():
+            forces = forces_of(inference, args, kwargs, measure)
+    except NumericalError as error:
+        # The model cannot even be run: NaN in a batch of a new shape, or outside a support.
+        if faults.policy == "raise":
+            raise
+        faults.refused(error, inference._step)
+        like_one = next(iter(inference._particles.values()))
+        return like_one.new_full((), math.nan)
     log_joint = forces.evaluation.log_joint.detach()
     gradients = clipped(forces.gradients, inference.clip_norm)
     shared_gradients = _clipped_together(forces.shared_gradients, inference.clip_norm)
     broken = broken_forces(log_joint, forces.compared, gradients, shared_gradients)
-    faults = inference._faults
     waits = faults.waits(log_joint.device)
     gather = inference._gather
     alone = isinstance(gather, OneProcess)  # else faults elsewhere are known at the end of the step

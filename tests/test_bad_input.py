@@ -38,6 +38,7 @@ from pyro_fordes import (
     to_arviz,
     tuned_lengthscale,
 )
+from tests import bad_runs
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0.1, -0.4, 1.0, 0.3, -1.2, 0.6])
@@ -1035,6 +1036,9 @@ TABLES = {
     "loop": LOOPS,
     "lengthscale": LENGTHSCALES,
     "prior": PRIORS,
+    "checkpoint": bad_runs.CHECKPOINTS,
+    "fit": bad_runs.FITS,
+    "fault": bad_runs.FAULTS,
 }
 CASES = {f"{area}: {name}": case for area, t in TABLES.items() for name, case in t.items()}
 

@@ -340,6 +340,22 @@ def test_nan_in_an_image_is_every_particles(optim, policy):
     assert math.isfinite(inference.step(X, Y))
 
 
+@pytest.mark.parametrize("policy", ["skip", "reset"])
+def test_nan_in_a_batch_of_a_new_shape(policy):
+    """The model's first run on the shape refuses it, and the next good one of it goes on."""
+    inference = started("input gradients", nan=policy)
+    before = inference.state_dict()
+    y = Y.clone()
+    y[1] = math.nan
+    with pytest.warns(UserWarning, match="at step 3 no particle moved: .*'y'.* not finite"):
+        assert math.isnan(inference.step(X[:4], y[:4]))
+    after = inference.state_dict()
+    for name in ("particles", "buffers", "optimizer"):
+        same(after[name], before[name])
+    assert math.isfinite(inference.step(X[:4], Y[:4]))
+    assert inference.diagnostics()["faults"].tolist() == [1] * 5
+
+
 def test_an_overflow_in_the_optimiser_of_all_particles():
     """The learning rate is too large for everyone, which shows after the step only."""
     for policy in ("raise", "skip"):
