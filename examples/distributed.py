@@ -5,9 +5,9 @@
 
 Trains a repulsive ensemble (FoRDE) of small Bayesian networks on scikit-learn's digits. Each
 process owns some of the particles; only input gradients travel between them in a step. Both
-commands give the same ensemble, up to rounding. With ``--checkpoint FOLDER`` a run that was cut off, or restarted
-by ``torchrun`` after a process failed, goes on from the last checkpoint, with any number of
-processes.
+commands give the same ensemble, up to rounding. With ``--checkpoint FOLDER`` a run that was cut
+off, or restarted by ``torchrun`` after a process failed, goes on from the last checkpoint, with
+any number of processes.
 
 What to expect: test accuracy 0.95 or more, after half a minute on one core.
 """

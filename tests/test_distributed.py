@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pyro
@@ -119,43 +120,59 @@ def test_restarted_by_torchrun(undisturbed, tmp_path):
 # ---------------------------------------------------------------- failures
 
 
-@pytest.mark.parametrize(
-    ("failure", "culprit", "said"),
-    [
-        (["SIGKILL", "together", 1, 5], 1, "rank 1 has given no sign of life for 5 seconds"),
-        (["SIGKILL", "gather", 2, 5], 2, "rank 2 has given no sign of life for 5 seconds"),
-        (["SIGKILL", "collect", 1, 4], 1, "rank 1 has given no sign of life for 5 seconds"),
-        (["SIGKILL", "gather", 0, 5], 0, "rank 0 .*died"),
-        (["hang", "gather", 1, 5], 1, r"rank 1 \(at: step 5\) kept the others waiting for more"),
-    ],
-)
-def test_a_rank_that_dies_or_hangs_is_named(failure, culprit, said, tmp_path):
-    options = {"failure": failure, "checkpoint": str(tmp_path / "run"), "patience": 8, "silence": 5}
-    codes, printed = ranks.run_ranks(
-        "train", tmp_path / "out.pt", 3, timeout=60, stuck=[culprit], **options
-    )
-    for rank in {0, 1, 2} - {culprit}:
-        assert codes[rank] == 1, printed[rank]
-        assert re.search(f"RankError: {said}" if culprit else said, printed[rank]), printed[rank]
-    left = list((tmp_path / "run").iterdir())
-    assert [path.name for path in left if path.name.startswith("step")]
+FAILURES = {
+    "killed in a step": (
+        {"failure": ["SIGKILL", "together", 1, 5]},
+        "rank 1 has given no sign of life for 5 seconds",
+    ),
+    "killed in an all-gather": (
+        {"failure": ["SIGKILL", "gather", 2, 5]},
+        "rank 2 has given no sign of life for 5 seconds",
+    ),
+    "killed in a checkpoint": (
+        {"failure": ["SIGKILL", "collect", 1, 4]},
+        "rank 1 has given no sign of life for 5 seconds",
+    ),
+    "killed with the store": ({"failure": ["SIGKILL", "gather", 0, 5]}, "rank 0 .*died"),
+    "hangs": (
+        {"failure": ["hang", "gather", 1, 5]},
+        r"rank 1 \(at: step 5\) kept the others waiting for more than 8 seconds",
+    ),
+    "raises": (
+        {"failure": ["raise", "gather", 1, 5]},
+        "rank 1 stopped at: step 5, with ValueError: no more",
+    ),
+    "sees other data": ({"data_of": 2}, "rank 2 has other data than the others, at: step 0"),
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"failure": ["raise", "gather", 1, 5]},
-            "RankError: rank 1 stopped at: step 5, with ValueError: no more",
-        ),
-        ({"data_of": 2}, "RankError: rank 2 has other data than the others, at: step 0"),
-    ],
-)
-def test_a_rank_that_does_something_else_is_named(options, said, tmp_path):
-    codes, printed = ranks.run_ranks("train", tmp_path / "out.pt", 3, timeout=60, **options)
-    assert codes == [1, 1, 1]
-    for text in printed[::2]:
-        assert said in text
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """Exit codes, texts and checkpoints of runs that fail, some at the same time."""
+
+    def run(options):
+        folder = tmp_path_factory.mktemp("failed")
+        culprit = options["failure"][2] if "failure" in options else options["data_of"]
+        times = {"patience": 8, "silence": 5, "checkpoint": str(folder / "run")}
+        codes, printed = ranks.run_ranks(
+            "train", folder / "out.pt", 3, timeout=60, stuck=[culprit], **times, **options
+        )
+        others = {rank: (codes[rank], printed[rank]) for rank in {0, 1, 2} - {culprit}}
+        left = [path.name for path in (folder / "run").glob("step-*.pt")]
+        return others, left
+
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(run, [options for options, _ in FAILURES.values()])
+    return dict(zip(FAILURES, results, strict=True))
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_rank_that_fails_is_named_by_the_others(name, failed):
+    others, left = failed[name]
+    for code, printed in others.values():
+        assert code == 1, printed
+        assert re.search(f"RankError: .*{FAILURES[name][1]}", printed), printed
+    assert bool(left) == (name != "sees other data")
 
 
 def test_a_signal_to_one_rank_lets_all_save_and_end(undisturbed, tmp_path):
