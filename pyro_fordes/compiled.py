@@ -118,7 +118,7 @@ class _Step:
         )
         module = self.log_joint.module
         modes = () if module is None else tuple(part.training for part in module.modules())
-        return described, spec, modes, self.rule.repulsive
+        return described, repr(spec), modes, self.rule.repulsive
 
     def inputs(self, schedules: list[Callable[[int], float]], step: int) -> dict[str, Any]:
         """Everything that changes from step to step."""

@@ -594,7 +594,7 @@ def _shapes(tree: Any) -> Any:
         else type(leaf)
         for leaf in leaves
     )
-    return described, spec
+    return described, repr(spec)  # specs have no hash before torch 2.7
 
 
 def _check_values(values: Values, latents: Mapping[str, Latent]) -> None:

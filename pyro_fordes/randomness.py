@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-@torch.library.custom_op("pyro_fordes::draw", mutates_args=())
+# The schema is the one that torch infers; torch 2.6 does not know `list[int]`.
+@torch.library.custom_op(
+    "pyro_fordes::draw",
+    mutates_args=(),
+    schema="(Tensor seed, SymInt count, str kind, SymInt[] shape, ScalarType dtype, "
+    "Device device) -> Tensor",
+)
 def _draw(
     seed: Tensor, count: int, kind: str, shape: list[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -51,3 +51,59 @@ def test_regression_1d(tmp_path):
     stored = json.loads((ROOT / "examples" / "regression_1d_nuts.json").read_text())
     assert stored.keys() == made.keys()
     assert len(stored["sd"]) == len(made["sd"])
+
+
+def numbers(row, label):
+    """The numbers of a table's row."""
+    return [float(cell) for cell in row.removeprefix(label).split()]
+
+
+def rows_of(printed, labels, count):
+    """The rows of a table by label, each with as many numbers."""
+    found = {}
+    for label in labels:
+        row = next(row for row in printed.splitlines() if row.startswith(label))
+        found[label] = numbers(row, label)
+        assert len(found[label]) == count, label
+    return found
+
+
+def test_eight_schools(tmp_path):
+    printed = run("eight_schools.py", "--smoke", "--nuts", "--out", tmp_path)
+    labels = ["NUTS", "SVI, AutoNormal", "particles, calibrated", "particles, by coordinate"]
+    for values in rows_of(printed, labels, 9).values():
+        assert min(values[1], values[6], values[8]) > 0  # standard deviations
+        assert 0 <= values[2] <= values[3] <= values[4]  # quantiles of tau
+    assert (tmp_path / "eight_schools.png").stat().st_size > 10_000
+    same_layout(tmp_path, "eight_schools_nuts.json")
+
+
+def test_hierarchical_logistic(tmp_path):
+    printed = run("hierarchical_logistic.py", "--smoke", "--nuts", "--out", tmp_path)
+    labels = ["NUTS", "SVI, AutoNormal", "by coordinate, all rows", "by coordinate, batches of 100"]
+    rows = rows_of(printed, [*labels, "calibrated, all rows"], 7)
+    assert rows["NUTS"][:2] == [0, 1]
+    for values in rows.values():
+        assert 0.4 < values[6] < 1.5  # a coin has 0.69
+    assert (tmp_path / "hierarchical_logistic.png").stat().st_size > 10_000
+    same_layout(tmp_path, "hierarchical_logistic_nuts.json")
+
+
+def test_classification_2d(tmp_path):
+    printed = run("classification_2d.py", "--smoke", "--nuts", "--out", tmp_path)
+    labels = ["NUTS", "deep ensemble", "weights, sge calibrated", "outputs anywhere x5"]
+    for values in rows_of(printed, [*labels, "input gradients x10", "f-SVGD, outputs"], 9).values():
+        assert values[1] > 0.5  # accuracy on the test set
+        assert max(values[2:5]) <= 1.61  # entropy of five classes
+    assert (tmp_path / "classification_2d.png").stat().st_size > 10_000
+    same_layout(tmp_path, "classification_2d_nuts.json")
+
+
+def same_layout(folder, name):
+    """A file that was made has the keys and lengths of the one that is stored."""
+    made, stored = (json.loads((f / name).read_text()) for f in (folder, ROOT / "examples"))
+    assert stored.keys() == made.keys()
+    for key in stored:
+        assert type(stored[key]) is type(made[key])
+        if isinstance(stored[key], list | dict):
+            assert len(stored[key]) == len(made[key]), key
