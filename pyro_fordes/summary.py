@@ -175,6 +175,7 @@ def not_converged(losses: Float[Tensor, " record"], seen: int, size: int) -> str
         seen: how many steps were taken, those before loading included.
         size: number of values per particle.
     """
+    losses = losses[losses.isfinite()]  # those of faulty steps are not
     if seen < FEWEST_STEPS:
         return f"not converged: only {seen} steps were taken"
     if len(losses) < FEWEST_STEPS:

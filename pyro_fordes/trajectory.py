@@ -107,7 +107,8 @@ class Trajectory:
         chosen, self.omitted = choose_sites("Trajectory", sizes, self.sites, self.max_site_size)
         self.steps.append(step)
         self._values.append({name: samples[name].cpu() for name in chosen})
-        self._stats.append(_stats(inference, step, loss))
+        count = len(next(iter(samples.values())))
+        self._stats.append(_stats(inference, step, loss, count))
 
     def _thin(self) -> None:
         """Keep the records of twice as rare steps."""
@@ -147,9 +148,8 @@ def _stacked(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([record[name] for record in records]) for name in records[0]}
 
 
-def _stats(inference: Any, step: int, loss: float) -> dict[str, Tensor]:
-    """Numbers of a step, one for each particle."""
-    count = inference.num_particles
+def _stats(inference: Any, step: int, loss: float, count: int) -> dict[str, Tensor]:
+    """Numbers of a step, one for each of the particles of this process."""
     try:
         measured = inference.diagnostics()
     except StateError:  # none since the inference was loaded

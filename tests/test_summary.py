@@ -252,6 +252,9 @@ def test_the_rule_of_convergence():
     assert not_converged(falling, 500, 20_200) is None  # 0.1 sqrt(D / 2) is 10.05, the change 10.02
     assert not_converged(falling, 500, 19_000) is not None
     assert not_converged(falling + 100 * noise, 500, 1) is None  # drowned in noise
+    faulty = noise.clone()
+    faulty[::7] = math.nan
+    assert not_converged(faulty, 500, 1) is None
     bend = torch.cat([falling[:400], falling[400].expand(100)])
     assert not_converged(bend, 500, 1) is None
 
