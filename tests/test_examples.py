@@ -107,3 +107,39 @@ def same_layout(folder, name):
         assert type(stored[key]) is type(made[key])
         if isinstance(stored[key], list | dict):
             assert len(stored[key]) == len(made[key]), key
+
+
+def test_toy_maps(tmp_path):
+    run("toy_maps.py", "--smoke", "--out", tmp_path)
+    for name in ("band", "decisions", "uncertainty"):
+        assert (tmp_path / f"toy_{name}.png").stat().st_size > 5_000
+
+
+def test_fashion_ood(tmp_path):
+    """Runs, goes on where it was, and makes its page from the run file alone."""
+    out = tmp_path / "run"
+    printed = run("fashion_ood.py", "--smoke", "--out", out)
+    for block in ("clean ", "corrupted ", "MNIST "):
+        at = printed.index(f"\n{block}")
+        for label in ("deep ensemble", "weight-RDE x1", "FoRDE-PCA x1 ", "FoRDE-PCA x"):
+            assert f"\n{label}" in printed[at:]
+    assert "Validation NLL by strength (seed 100): x10: " in printed
+    pictures = ("curves", "reliability", "histograms", "training", "kernel", "gradients")
+    for name in pictures:
+        assert (out / f"fashion_{name}.png").stat().st_size > 3_000
+    found = json.loads((out / "run.json").read_text())
+    assert set(found["table"]["columns"]["severity"]) == {0, 1, 4, None}
+    checkpoints = {path: path.stat().st_mtime_ns for path in out.rglob("scores.pt")}
+    assert len(checkpoints) == 4
+    again = run("fashion_ood.py", "--smoke", "--out", out)
+    table = printed[: printed.rindex("\n\n")]
+    assert again.startswith(table)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("scores.pt")} == checkpoints
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- from the run file: begin -->\nold\n<!-- end -->\nAfter.\n")
+    run("fashion_ood.py", "--out", out, "--report", page)
+    text = page.read_text()
+    assert table in text
+    assert "old" not in text
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
