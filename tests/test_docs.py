@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -92,6 +94,11 @@ def test_every_public_name_is_in_the_reference():
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", "").startswith(module.__name__) and name[0] != "_":
                 assert re.search(rf"^\.\. auto\w+:: {name}$", reference, re.MULTILINE), name
+
+
+def test_the_results_page_is_what_its_run_files_give():
+    command = [sys.executable, str(ROOT / "benchmarks" / "results.py"), "--check"]
+    subprocess.run(command, check=True)
 
 
 def test_the_citation_has_the_version_of_the_package():
