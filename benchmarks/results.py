@@ -94,14 +94,15 @@ def uci(runs: Runs) -> list[str]:
         "Network with one hidden layer of 50 units, latent noise scale, "
         f"{settings['particles']} particles, {settings['steps']} steps on minibatches of "
         f"{settings['batch']}, standard splits, seed of a split its number; nothing was "
-        "tuned on any set. `python examples/uci.py --runs docs/results/uci` (it goes on where it was stopped), "
+        "tuned on any set. `python examples/uci.py --runs docs/results/uci` (it goes on where it "
+        "was stopped), "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". Splits done: {counts}. ± is the standard error over splits.",
         "",
         "`pyro.infer.SVGD` is Pyro's class in its default mode on the same log joint with one "
         "latent site. MC dropout is published: Gal & Ghahramani's repository, ten times the epochs "
-        "of their paper (its readme has standard deviations over splits, divided here by the root of 20); "
-        "other optimiser, tuned dropout rate and noise.",
+        "of their paper (its readme has standard deviations over splits, divided here by the root "
+        "of 20); other optimiser, tuned dropout rate and noise.",
         "",
     ]
     for key, title in (("log_likelihood", "Test log likelihood"), ("rmse", "Test RMSE")):
