@@ -39,7 +39,7 @@ $(VENV1)/.installed: pyproject.toml
 
 test-arviz1: $(VENV1)/.installed
 	$(VENV1)/bin/python -m pytest -n 2 tests/test_io_arviz.py tests/test_arviz.py \
-		pyro_fordes/io_arviz.py 'tests/test_docs.py::test_python_blocks_run[diagnostics.md]'
+		pyro_fordes/io_arviz.py 'tests/test_docs.py::test_python_blocks_run[docs/diagnostics.md]'
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ The backbone is one of torchvision's. Nothing is downloaded for it: its weights 
 are worse, and show the method as well). The data are read from ``--data``, from the folder that
 PYRO_FORDES_DATA names, or downloaded by torchvision. Prints a table; writes a figure.
 
-What to expect: TODO
+What to expect: minutes for the features, minutes for the heads. The paper reports, in figures
+without numbers, that FoRDE has the lowest NLL of all ensembles with its vision transformer. With
+a random backbone (``--random``) all methods are weak, and only their differences say something.
 """
 
 import argparse

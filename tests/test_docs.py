@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -84,14 +86,23 @@ def test_every_page_is_in_a_table_of_contents():
 
 def test_every_public_name_is_in_the_reference():
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
-    for name in dir(pyro_fordes):
-        thing = getattr(pyro_fordes, name)
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, flags=re.MULTILINE))
+    for name, thing in vars(pyro_fordes).items():
         if getattr(thing, "__module__", "").startswith("pyro_fordes") and name[0] != "_":
-            assert re.search(rf"^\.\. auto\w+:: {name}$", reference, flags=re.MULTILINE), name
-    for module in (pyro_fordes.metrics, pyro_fordes.diagnostics):
+            assert name in documented, name
+    modules = (pyro_fordes.metrics, pyro_fordes.diagnostics, pyro_fordes.corruptions)
+    for module in (*modules, pyro_fordes.plots):
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", "").startswith(module.__name__) and name[0] != "_":
-                assert re.search(rf"^\.\. auto\w+:: {name}$", reference, re.MULTILINE), name
+                assert name in documented, name
+    members = re.search(r"ParticleInference\n   :members: (.*)", reference).group(1).split(", ")
+    public = {name for name in vars(pyro_fordes.ParticleInference) if name[0] != "_"}
+    assert set(members) == public
+
+
+def test_the_results_page_is_what_its_run_files_give():
+    command = [sys.executable, str(ROOT / "benchmarks" / "results.py"), "--check"]
+    subprocess.run(command, check=True)
 
 
 def test_the_citation_has_the_version_of_the_package():

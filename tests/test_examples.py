@@ -143,3 +143,31 @@ def test_fashion_ood(tmp_path):
     assert "old" not in text
     assert text.startswith("Before.")
     assert text.endswith("After.\n")
+
+
+def test_transfer(tmp_path):
+    printed = run("transfer.py", "--smoke", "--out", tmp_path)
+    labels = ["deep ensemble", "weight repulsion x1", "FoRDE-identity x1", "FoRDE-PCA x20"]
+    for values in rows_of(printed, labels, 8).values():
+        assert values[1] > 0.2  # accuracy on ten classes that differ in colour
+        assert values[3] >= 0  # mutual information
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000
+    assert list(tmp_path.glob("features-*-random-*.pt"))
+
+
+def test_uci_goes_on_where_it_was_stopped(tmp_path):
+    options = ("uci.py", "--smoke", "--out", tmp_path, "--runs", tmp_path / "runs")
+    whole = run(*options)
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    assert len(files) == 10
+    kept = {path: json.loads(path.read_text()) for path in files}
+    for path, content in list(kept.items())[:4]:
+        path.write_text(json.dumps({**content, "splits": content["splits"][:1]}))
+    files[-1].unlink()
+    again = run(*options)
+    assert again.splitlines()[:-1] == whole.splitlines()[:-1]
+    for path, content in kept.items():
+        assert len(content["splits"]) == 2
+        found = json.loads(path.read_text())["splits"]
+        assert [one["rmse"] for one in found] == [one["rmse"] for one in content["splits"]]
+    assert (tmp_path / "uci.png").stat().st_size > 10_000
