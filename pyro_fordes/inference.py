@@ -48,6 +48,7 @@ from pyro_fordes.particles import (
     Schedule,
     local_row,
 )
+from pyro_fordes.precision import check_autocast
 from pyro_fordes.prototype import Prototype
 from pyro_fordes.rollback import Before
 from pyro_fordes.sites import pointwise_log_prob
@@ -100,6 +101,8 @@ class ParticleInference:
             together.
         randomness: whether dropout and other random numbers in the model are ``"different"`` for
             each particle or the ``"same"`` for all.
+        autocast: ``torch.bfloat16`` computes matrix products and convolutions of the model in it;
+            particles, log densities, representations and kernel stay in single precision.
         compile: trace each kind of step (model, both backward passes, kernel) to one graph and
             compile it with Inductor. The first step takes half a minute or longer, and so does the
             first with arguments of another shape. Steps whose forces are measured apart (see
@@ -156,6 +159,7 @@ class ParticleInference:
         vectorize: str = "auto",
         chunk_size: int | None = None,
         randomness: str = "different",
+        autocast: torch.dtype | None = None,
         compile: bool = False,
         max_plate_nesting: int | None = None,
         seed: int | None = None,
@@ -206,7 +210,9 @@ class ParticleInference:
         self._seed = seed
         self._random = RandomStream(seed)
         self._compiled = CompiledForces() if compile else None
-        self._log_joint = LogJoint(model, vectorize, max_plate_nesting, randomness)
+        self._log_joint = LogJoint(
+            model, vectorize, max_plate_nesting, randomness, check_autocast(autocast)
+        )
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}

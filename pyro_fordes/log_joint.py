@@ -47,6 +47,7 @@ from pyro_fordes.perturbation import (
     rows_of_subsamples,
     zeros_like,
 )
+from pyro_fordes.precision import lower_precision, whole
 from pyro_fordes.prototype import (
     Prototype,
     drawing_plates,
@@ -86,6 +87,8 @@ class LogJoint:
             plates of the first run.
         randomness: whether particles draw ``"different"`` random numbers or the ``"same"``, where
             the model draws some beside its sites (dropout).
+        autocast: type in which matrix products and convolutions of the model are computed, None
+            for that of the tensors.
 
     Example:
         >>> import pyro.distributions as dist
@@ -104,8 +107,10 @@ class LogJoint:
         vectorize: str = "auto",
         max_plate_nesting: int | None = None,
         randomness: str = "different",
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
+        self.autocast = autocast
         self.randomness = randomness
         self.vectorize = vectorize
         self.max_plate_nesting = max_plate_nesting
@@ -375,7 +380,7 @@ class LogJoint:
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_full((), log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(seen, modules))
-            return log_density, log_det, captured
+            return log_density.to(log_det.dtype), log_det, self._whole(captured)
 
         # Second derivatives of fused attention do not exist; the plain one has them.
         attention = _plain_attention() if input is not None else nullcontext()
@@ -499,7 +504,7 @@ class LogJoint:
             given = {**drawn, **constrained}
             with self._recorded(submodules) as modules, Replay(given, subsamples):
                 trace = self._trace(own_buffers, args, kwargs)
-            return (capture(Call(trace, modules)),)
+            return (self._whole(capture(Call(trace, modules))),)
 
         count = len(next(iter(values.values())))
         parts = []
@@ -541,7 +546,7 @@ class LogJoint:
         if prototype is not None and prototype.enumerated:
             model = config_enumerate(model)
             enumerate_ = Enumerate(first_available_dim=-1 - prototype.max_plate_nesting)
-        with enumerate_:
+        with enumerate_, self._lower():
             return self._with_buffers(
                 buffers, lambda: poutine.trace(model).get_trace(*args, **kwargs)
             )
@@ -564,6 +569,16 @@ class LogJoint:
             return run()
         swapped = {f"model.{name}": buffer for name, buffer in buffers.items()}
         return torch.func.functional_call(self._wrapped, swapped, (run,))
+
+    def _lower(self) -> Any:
+        """A context in which the model computes in the lower precision, if one was asked for."""
+        if self.autocast is None:
+            return nullcontext()
+        return lower_precision(self.module, self.autocast)
+
+    def _whole(self, tree: Any) -> Any:
+        """A tree of tensors, those in the lower precision in single precision again."""
+        return tree if self.autocast is None else whole(tree, self.autocast)
 
     @contextmanager
     def _recorded(self, submodules: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -179,7 +179,7 @@ class Stream(TorchFunctionMode):
         """Call a function, or its form that draws from the stream."""
         if func is F.multi_head_attention_forward:
             with self:  # torch leaves the mode before it calls this method
-                return _opened_attention(*args, **(kwargs or {}))
+                return opened_attention(*args, **(kwargs or {}))
         form = _FORMS.get(func)
         result = NotImplemented if form is None else form(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is NotImplemented else result
@@ -279,7 +279,7 @@ def _open(function: Any) -> Callable[..., Any]:
     return opened
 
 
-_opened_attention = _open(F.multi_head_attention_forward)
+opened_attention = _open(F.multi_head_attention_forward)
 
 
 def _empty(stream: Stream, *size: Any, **options: Any) -> Any:

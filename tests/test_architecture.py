@@ -27,6 +27,7 @@ ALLOWED = {
     "diagnostics": {"_checks", "particles", "bandwidths", "kernels"},
     "spaces": {"_checks", "particles"},
     "perturbation": {"_checks", "particles"},
+    "precision": {"_checks", "randomness"},
     "input_gradients": {
         "_checks",
         "particles",
@@ -50,6 +51,7 @@ ALLOWED = {
         "enumeration",
         "engines",
         "perturbation",
+        "precision",
         "prototype",
         "randomness",
         "runs",
@@ -113,6 +115,7 @@ ALLOWED = {
     "update": {"_checks", "_random", "faults", "particles", "forces", "randomness", "rollback"},
     "options": {"_checks", "faults", "kernels", "particles", "transports"},
     "inference": {
+        "precision",
         "compiled",
         "options",
         "faults",
