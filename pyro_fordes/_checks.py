@@ -90,6 +90,8 @@ def check_positive_int(name: str, value: object) -> int:
     """Return ``value`` if it is an integer of at least 1, else raise an `ArgumentError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value >= 2**31:
+        raise ArgumentError(f"{name} must be an integer below 2**31, got {value}")
     return value
 
 

@@ -118,7 +118,7 @@ class ParticleInference:
         nan: what becomes of a particle whose log joint, force or value is not finite, while the
             others go on: ``"raise"`` raises a `NumericalError` with all as it was before the step,
             ``"skip"`` leaves the particle out of the step, ``"reset"`` draws it again near one of
-            the others. See ``docs/long_runs.md``.
+            the others. See ``docs/faults.md``.
         clip_norm: bound of the norm, over all sites, of what the optimiser gets as a particle's
             gradient: the whole velocity, both forces, divided by ``num_data``. The gradients of
             shared parameters have the same bound, together. None clips nothing.

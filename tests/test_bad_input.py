@@ -1239,7 +1239,7 @@ def test_particles_survive_a_failed_step(name, kernel):
     inference.run(2, X, Y, progress_bar=False)
     samples, own = inference.get_samples(), inference.model.norm.running_mean.clone()
     buffers = {n: b.clone() for n, b in inference._buffers.items()}
-    diagnostics = inference.diagnostics()
+    diagnostics, state = inference.diagnostics(), inference.state_dict()
     with pytest.raises(error) as caught:
         act(inference)
     assert re.search(pattern, str(caught.value), re.DOTALL), str(caught.value)
@@ -1249,6 +1249,8 @@ def test_particles_survive_a_failed_step(name, kernel):
     for buffer, value in inference._buffers.items():
         assert torch.equal(value, buffers[buffer]), buffer
     assert torch.equal(inference.model.norm.running_mean, own)
+    after = inference.state_dict()
+    assert bad_runs.equal(*({p: s[p] for p in ("optimizer", "random")} for s in (after, state)))
     assert all(p.grad is None for p in inference._particles.values())
     assert inference.diagnostics()["step"] == diagnostics["step"]
     assert not list(pyro.get_param_store().keys())

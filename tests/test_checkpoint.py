@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -566,6 +567,61 @@ def test_fit_uses_an_older_file_where_the_newest_is_damaged(tmp_path):
     inference, data = begin("MLP, Pyro's Adam, FoRDE")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
         inference.fit(data, 2, **options)
+
+
+def test_fit_goes_on_with_the_older_file_whatever_bit_is_flipped(tmp_path):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    options = {"progress_bar": False, "checkpoint": tmp_path, "checkpoint_every": 3}
+    expected = inference.fit(data, 2, keep=2, **options)
+    newer, older = numbered(tmp_path)
+    whole = {path: path.read_bytes() for path in (newer, older)}
+    generator, found = random.Random(1), 0
+    for _ in range(20):
+        for path, content in whole.items():
+            path.write_bytes(content)
+        damaged = bytearray(whole[newer])
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        newer.write_bytes(damaged)
+        inference, data = begin("MLP, Pyro's Adam, FoRDE")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert (inference.fit(data, 2, keep=2, **options) == expected).all()
+        found += len(said)
+    assert found > 3
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(tmp_path, monkeypatch):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    expected = inference.fit(data, 2, progress_bar=False)
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    fsync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if 4 <= len(calls) < 7:  # a write flushes the file and its folder
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    options = {"progress_bar": False, "checkpoint": tmp_path, "checkpoint_every": 1}
+    with pytest.warns(UserWarning, match=r"No space left.*The run goes on and tries again") as said:
+        losses = inference.fit(data, 2, keep=10, **options)
+    assert len(said) == 1
+    assert (losses == expected).all()
+    steps = [newest(tmp_path)[0]["step"], len(numbered(tmp_path))]
+    assert steps == [8, 5]  # three were not written
+
+
+def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+
+    def callback(inference, step, loss):
+        if step == 7:
+            monkeypatch.setattr(os, "replace", lambda *names: os.open("/no/such/folder", 0))
+
+    with pytest.raises(CheckpointError, match="No such file"):
+        inference.fit(data, 2, progress_bar=False, checkpoint=tmp_path, callback=callback)
+    assert inference.state_dict()["step"] == 8
 
 
 def other_model():
