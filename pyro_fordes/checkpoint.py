@@ -22,7 +22,9 @@ FORMAT = 2
 
 
 def _with_faults(state: dict[str, Any]) -> dict[str, Any]:
-    """From format 1 to 2, which counts faults."""
+    """From format 1 to 2, which counts faults of particles; other states are as they were."""
+    if "num_particles" not in state:
+        return state
     return {**state, "faults": torch.zeros(state["num_particles"], dtype=torch.int64)}
 
 

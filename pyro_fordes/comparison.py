@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_fordes._checks import ArgumentError
 from pyro_fordes.estimates import Plan
 from pyro_fordes.evaluation import Evaluation
-from pyro_fordes.resampling import interval
+from pyro_fordes.resampling import Interval, interval
 from pyro_fordes.tables import Table
 
 
@@ -67,13 +67,14 @@ def compare(
     resampled = plan.resampled(runs, resamples, seed)
     columns: dict[str, list] = {}
     for name in names:
-        own = _summary("", values[name], resampled[name], level)
+        ends = plan.within(interval(values[name].mean(0), resampled[name], level))
+        own = _summary("", values[name], ends)
         if name == baseline:
             against: dict[str, list] = {end: [None] * len(plan.rows) for end in _DIFFERENCE}
         else:
             paired = _minus(values[name], values[baseline])
             drawn = _minus(resampled[name], resampled[baseline])
-            against = _summary("difference", paired, drawn, level)
+            against = _summary("difference", paired, interval(paired.mean(0), drawn, level))
         part = {"method": [name] * len(plan.rows), **plan.columns(), **own, **against}
         for column, cells in part.items():
             columns.setdefault(column, []).extend(cells)
@@ -83,17 +84,11 @@ def compare(
 _DIFFERENCE = ("difference", "difference_low", "difference_high", "difference_run_error")
 
 
-def _summary(
-    name: str,
-    per_run: Float[Tensor, "run row"],
-    resampled: Float[Tensor, "resample row"],
-    level: float,
-) -> dict[str, list]:
+def _summary(name: str, per_run: Float[Tensor, "run row"], ends: Interval) -> dict[str, list]:
     """Columns of the mean over runs, its interval and its standard error over runs."""
     value = per_run.mean(0)
-    low, high = interval(value, resampled, level)
     prefix = f"{name}_" if name else ""
-    columns = {name or "value": value, f"{prefix}low": low, f"{prefix}high": high}
+    columns = {name or "value": value, f"{prefix}low": ends.low, f"{prefix}high": ends.high}
     errors: list = [None] * len(value)
     if len(per_run) > 1:
         errors = (per_run.std(0) / len(per_run) ** 0.5).tolist()

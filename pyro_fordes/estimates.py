@@ -11,6 +11,7 @@ from pyro_fordes._checks import check_positive_int
 from pyro_fordes.metrics.classification import bin_index
 from pyro_fordes.resampling import (
     Counts,
+    Interval,
     Ranking,
     resample,
     weighted_means,
@@ -19,6 +20,8 @@ from pyro_fordes.resampling import (
 BINS = 15
 """Bins of a calibration error."""
 DETECTIONS = ("auroc", "aupr", "fpr95")
+_SHARES = ("accuracy", "ece", "ece_adaptive", "disagreement", "coverage")
+_NEVER_NEGATIVE = ("brier", "entropy", "mutual_information", "rmse", "crps")
 CORRUPTED = "corrupted"
 """Name of the mean over corruptions."""
 
@@ -78,6 +81,15 @@ class Plan:
         data, severity, metric = map(list, zip(*self.rows, strict=True))
         points = [self._points_of(row) for row in self.rows]
         return {"data": data, "severity": severity, "metric": metric, "points": points}
+
+    def within(self, ends: Interval) -> Interval:
+        """Intervals cut to what the metrics can be: a shift may carry an end beyond it."""
+        shares = [_is_share(row.metric) for row in self.rows]
+        counted = [share or row.metric in _NEVER_NEGATIVE for share, row in
+                   zip(shares, self.rows, strict=True)]  # fmt: skip
+        least = torch.tensor([0.0 if one else -torch.inf for one in counted], dtype=torch.float64)
+        most = torch.tensor([1.0 if share else torch.inf for share in shares], dtype=torch.float64)
+        return Interval(ends.low.clamp(least, most), ends.high.clamp(least, most))
 
     def per_run(self, evaluations: Sequence[Any]) -> Float[Tensor, "run row"]:
         """The numbers of all points, run by run."""
@@ -158,6 +170,11 @@ def _averaged(
     if corrupted:
         found[CORRUPTED, None] = corrupted
     return found
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1."""
+    return is_detection(metric) or metric.startswith("top-") or metric in _SHARES
 
 
 def columns_of(metric: str, scores: Mapping[str, Tensor]) -> Float[Tensor, "point column"]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_fordes._checks import ArgumentError, check_number, check_positive_int
+from pyro_fordes._checks import ArgumentError, CheckpointError, check_number, check_positive_int
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.checkpoint import read, write
 from pyro_fordes.estimates import BINS, DETECTIONS, Plan, is_detection
@@ -32,6 +32,14 @@ _DEFAULT = {
     "normal": ("nll", "rmse", "crps", "coverage"),
     "density": ("nll",),
 }
+_RESERVED = {
+    *(name for names in (*_MEANS.values(), *_DERIVED.values()) for name in names),
+    *SCORES,
+    "observed",
+    "confidence",
+    "squared_error",
+}
+"""Names that functions among the metrics cannot have."""
 _DEFAULT_DETECTIONS = (*(f"auroc:{score}" for score in SCORES), "fpr95:entropy")
 
 
@@ -192,7 +200,7 @@ class Evaluation:
         plan = Plan([self])
         values = plan.per_run([self])[0]
         resampled = plan.resampled({"": [self]}, self.resamples, self.seed)[""]
-        low, high = interval(values, resampled, self.level)
+        low, high = plan.within(interval(values, resampled, self.level))
         numbers = {"value": values.tolist(), "low": low.tolist(), "high": high.tolist()}
         return Table({**plan.columns(), **numbers}, self.level)
 
@@ -237,9 +245,14 @@ class Evaluation:
         """Read what `save` has written.
 
         Raises:
-            CheckpointError: if there is no such file, or it is damaged.
+            CheckpointError: if there is no such file, or it is damaged or of another kind.
         """
         state = read(path)
+        if set(state) != set(Evaluation.__dataclass_fields__):
+            raise CheckpointError(
+                f"{path} has no evaluation; Evaluation.save writes one, and particles are read by "
+                f"ParticleInference.load"
+            )
         state["scores"] = {(name, severity): found for name, severity, found in state["scores"]}
         return Evaluation(**state)
 
@@ -307,7 +320,7 @@ def _chosen(
     for name, given in zip(names, metrics, strict=True):
         top_k = kind == "classes" and top_k_of(name) is not None
         if name in functions:
-            if name in known or name in ("observed", "confidence"):
+            if name in _RESERVED:
                 raise ArgumentError(f"a function among metrics is called {name!r}, which is the "
                                     f"name of another score; give it another")  # fmt: skip
         elif not top_k and name not in (*known, *detections):

@@ -425,6 +425,19 @@ def test_the_interval_of_a_calibration_error_surrounds_it(classifiers):
     assert row["low"] < row["value"] < row["high"]
 
 
+def test_intervals_stay_within_what_a_metric_can_be():
+    """Nine of ten points right, confidence 0.9: the shift would carry the error's end below 0."""
+    right = torch.tensor([1.0] * 9 + [0.0]).repeat(20)
+    scores = {"accuracy": right, "confidence": torch.full((200,), 0.9), "observed": 0 * right}
+    found = Evaluation("classes", {("clean", 0): scores}, {}, ("clean", 0), ("accuracy", "ece"))
+    accuracy, ece = found.table.rows()
+    assert accuracy["low"] < 0.9 < accuracy["high"] <= 1
+    assert ece["low"] == 0
+    table = compare({"a": found, "b": found}, resamples=50)
+    assert table["low"][1] == 0
+    assert table["difference_low"][3] == 0
+
+
 def test_intervals_depend_on_the_seed_alone(classifiers):
     first, again = scored(classifiers[0]), scored(classifiers[0])
     assert first.table.columns == again.table.columns
@@ -547,6 +560,14 @@ def test_scores_are_saved(classifiers, tmp_path):
     again = Evaluation.load(tmp_path / "scores.pt")
     assert again.table.columns == found.table.columns
     assert compare({"a": found, "b": again}, resamples=5).select(method="b")["difference"][0] == 0
+    classifiers[0].save(tmp_path / "particles.pt")
+    with pytest.raises(CheckpointError, match="has no evaluation"):
+        Evaluation.load(tmp_path / "particles.pt")
+    with pytest.raises(CheckpointError):
+        classifiers[1].load(tmp_path / "scores.pt")
+    content = torch.load(tmp_path / "scores.pt", weights_only=True)
+    torch.save({**content, "format": 1}, tmp_path / "old.pt")  # older files have the same content
+    assert Evaluation.load(tmp_path / "old.pt").table.columns == found.table.columns
     with pytest.raises(CheckpointError, match="does not exist"):
         Evaluation.load(tmp_path / "nothing.pt")
 
