@@ -2,7 +2,9 @@
 
 ``python benchmarks/scaling.py`` starts 1, 2 and 4 processes of one thread each that train eight
 ResNet-8 together, and prints steps per second, bytes sent and what of a step was waiting. Only
-ranks that have a core of their own are a test of the method; the machine must be idle.
+ranks that have a core of their own are a test of the method; the machine must be idle. The CPU
+time of a rank depends less on what else runs; its ratio to that of one rank is the speed-up that
+the work itself allows.
 ``--predict`` prints the tables of `docs/scaling.md` for GPUs, which follow from the formulas there
 and need no measurement.
 """
@@ -135,13 +137,14 @@ def measure(args: argparse.Namespace) -> None:
         for _ in range(2):  # the first is measured, which takes longer
             inference._update((x, y), {})
         times, waits = [], watch(inference)
-        before = written()
+        before, worked = written(), time.process_time()
         for _ in range(args.steps):
             start = time.perf_counter()
             inference._update((x, y), {})
             times.append(time.perf_counter() - start)
         found[method] = {
             "seconds": statistics.median(times),
+            "cpu": (time.process_time() - worked) / args.steps,
             "waiting": sum(waits) / args.steps,
             "bytes": (written() - before) / args.steps,
             "sites": len(inference.get_unconstrained()),
@@ -241,14 +244,16 @@ def main(args: argparse.Namespace) -> None:
         f"{os.cpu_count()} cores, torch {torch.__version__}"
     )
     print(f"{'':18}{'ranks':>6}{'s/step':>9}{'steps/s':>9}{'speed-up':>10}", end="")
+    print(f"{'CPU s':>8}{'ratio':>7}", end="")
     print(f"{'waiting':>9}{'bytes sent':>13}{'formula':>13}")
     for method in args.methods:
         for size in args.ranks:
             one = results[size][method]
-            base = results[args.ranks[0]][method]["seconds"]
+            base, work = (results[args.ranks[0]][method][key] for key in ("seconds", "cpu"))
             print(
                 f"{method:18}{size:>6}{one['seconds']:>9.3f}{1 / one['seconds']:>9.3f}"
-                f"{base / one['seconds']:>10.2f}{one['waiting'] / one['seconds']:>9.1%}"
+                f"{base / one['seconds']:>10.2f}{one['cpu']:>8.3f}{work / one['cpu']:>7.2f}"
+                f"{one['waiting'] / one['seconds']:>9.1%}"
                 f"{one['bytes']:>13,.0f}{formula(method, args, size, one):>13,}"
             )
     for size in args.ranks[1:]:
