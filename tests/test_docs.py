@@ -52,7 +52,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         output = io.StringIO()
         with redirect_stdout(output):
             exec(compile(code, page.name, "exec"), namespace)
-        assert agrees(output.getvalue(), shown), f"printed:\n{output.getvalue()}\nshown:\n{shown}"
+        assert agrees(output.getvalue().rstrip(), shown.rstrip()), (
+            f"printed:\n{output.getvalue()}\nshown:\n{shown}"
+        )
     pyro.clear_param_store()
     if page.name == "README.md":
         assert namespace["losses"][-1] < namespace["losses"][0] / 2
