@@ -274,10 +274,11 @@ class LogJoint:
         chosen = count(size)
         if chosen >= size:
             return draw
-        # From a generator of its own, so that all else is drawn as it is without rows.
-        generator = torch.Generator(value.device).manual_seed(mixed(draw.seed, -2))
-        rows = torch.randperm(size, device=value.device, generator=generator)[:chosen]
-        return replace(draw, rows=rows.sort().values)
+        # From a generator of its own, so that all else is drawn as it is without rows, and on the
+        # CPU, so that it is the same on all devices; a copy that does not wait takes them over.
+        generator = torch.Generator().manual_seed(mixed(draw.seed, -2))
+        rows = torch.randperm(size, generator=generator)[:chosen].sort().values
+        return replace(draw, rows=rows.to(value.device, non_blocking=True))
 
     def _activation(self, path: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """What a submodule puts out, its shape only, from a run with the prototype's sites."""
