@@ -52,6 +52,7 @@ format: $(BIN)/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/deep.py
 	$(BIN)/python benchmarks/calibration.py
 
 $(BIN)/.docs-installed: pyproject.toml

@@ -188,3 +188,14 @@ def test_cifar(tmp_path):
     out = tmp_path / "other"
     printed = run("cifar.py", "--smoke", "--method", "forde-tuned", "--out", out, *options)
     assert rows_of(printed.replace("±", ""), ["clean", "corrupted"], 8)
+
+
+def test_benchmark_of_deep_networks():
+    """All tables but that of compiled steps, which takes long."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "deep.py"), "--smoke"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for title in ("CNN, 2 particles", "time under vmap", "MLP: FoRDE's time per particle"):
+        assert title in result.stdout
+    row = next(r for r in result.stdout.splitlines() if r.startswith("ours: FoRDE"))
+    assert min(float(cell) for cell in row.split()[2:]) > 0
