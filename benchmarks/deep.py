@@ -6,10 +6,10 @@ processor time of the process (one thread), on a GPU that of the clock after it 
 
 * networks: steps of an MLP, a ResNet-18 with the stem for small images and a small ViT. "floor" is
   the ratio that passes through the network make unavoidable: a forward pass and a backward pass by
-  inputs or by weights count 1 each, so an ensemble's step is 3 and FoRDE's 6, and repulsion at a
-  share q of the points (a further, smaller run) adds 6 q, one particle at a time up to 2. "MiB" is how far the peak of a step lies
-  above what is there before it: of the resident size, in a process of its own, on a CPU; of torch's
-  allocator on a GPU.
+  inputs or by weights count 1 each, so an ensemble's step is 3 and FoRDE's 6; repulsion at a share
+  q of the points (a further, smaller run) adds 6 q, one particle at a time up to 2. "MiB" is how
+  far the peak of a step lies above what is there before it: of the resident size, in a process of
+  its own, on a CPU; of torch's allocator on a GPU.
 * engines: vmap over loop, by width, batch and number of particles.
 * particles: time per particle and step, over that of five particles, and the kernel's share.
 * compiled: eager over compiled steps; left out unless asked for, since compiling takes minutes.
