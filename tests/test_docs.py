@@ -88,7 +88,10 @@ def test_every_page_is_in_a_table_of_contents():
 
 def test_every_public_name_is_in_the_reference():
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
-    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, flags=re.MULTILINE))
+    entries = re.findall(r"^\.\. auto\w+:: (\w+)$", reference, flags=re.MULTILINE)
+    documented = set(entries)
+    classes = [name for name in entries if name[0].isupper()]
+    assert len(classes) == len(set(classes)), "a class is documented twice"
     for name, thing in vars(pyro_fordes).items():
         if getattr(thing, "__module__", "").startswith("pyro_fordes") and name[0] != "_":
             assert name in documented, name
