@@ -67,7 +67,6 @@ VALIDATION_KINDS = ("shot_noise", "elastic", "posterize")  # none of them in the
 SELECTION_SEED = 100
 METRICS = ["nll", "accuracy", "ece", "disagreement"]
 DETECTIONS = ["auroc:entropy", "auroc:mutual_information", "auroc:least_confidence", "fpr95"]
-STORED = Path(__file__).with_name("fashion_ood.json")
 
 
 @dataclass(frozen=True)
