@@ -187,9 +187,12 @@ class Drawing(Model):
     """Draws a minibatch itself."""
 
     def forward(self, x, y=None):
-        with pyro.plate("data", len(x), subsample_size=4, device=x.device) as rows:
-            logits = self.net(x[rows])
-            pyro.sample("y", dist.Categorical(logits=logits), obs=y[rows])
+        data = pyro.plate("data", len(x), subsample_size=4, device=x.device)
+        with data as rows:
+            x, y = x[rows], y[rows]
+        logits = self.net(x)  # outside: its weights are no data
+        with data:
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
 
 RANDOM = {
