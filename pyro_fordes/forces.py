@@ -210,7 +210,7 @@ class Rounds:
             self.kwargs,
             draw=self.draw,
             first=self.first + rows.start,
-            template={name: value.detach()[:1] for name, value in self.particles.items()},
+            template=self.particles,
         )
 
 

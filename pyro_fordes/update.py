@@ -107,8 +107,8 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
             name: torch.where(broken.of_shared(name), 0.0, gradient)
             for name, gradient in shared_gradients.items()
         }
-    for name, tensor in parameters.items():
-        tensor.grad = {**gradients, **shared_gradients}[name]
+    for name, gradient in {**gradients, **shared_gradients}.items():
+        parameters[name].grad = gradient
     stepper, before = inference._stepper, inference._before
     if not spare:
         before.take(parameters, stepper.optimizers(parameters))
