@@ -21,6 +21,9 @@ from pyro_fordes.forces import Forces, Rule, compute_forces, draw_for
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Draw, Evaluation, OpenStep, Subsample
 
+# A run with ever new arguments would do nothing but compile.
+LIMIT = 16
+
 
 @dataclass(frozen=True)
 class _Graph:
@@ -40,6 +43,7 @@ class CompiledForces:
 
     def __init__(self) -> None:
         self._graphs: dict[Any, _Graph | None] = {}
+        self._said: set[str] = set()
 
     def __call__(
         self,
@@ -55,31 +59,47 @@ class CompiledForces:
     ) -> Forces:
         """See `compute_forces`."""
         draw = draw_for(rule.space if rule.repulsive else None, log_joint, args, kwargs)
-        plain = (log_joint, particles, buffers, args, kwargs)
         if not measure:
             step = _Step(log_joint, particles, buffers, args, kwargs, rule, draw)
             graph = self._graph(step)
             if graph is not None:
                 return step.run(graph)
-        return compute_forces(*plain, rule, measure=measure, draw=draw)
+        return compute_forces(
+            log_joint, particles, buffers, args, kwargs, rule, measure=measure, draw=draw
+        )
 
     def _graph(self, step: "_Step") -> _Graph | None:
         """The graph of a kind of step, None if there can be none."""
         key = step.key()
         try:
-            known = key in self._graphs
-        except TypeError:  # an argument that cannot be told from others
-            key, known = None, None in self._graphs
-        if not known:
-            if len(self._graphs) == 2:
-                warnings.warn(
-                    "compile=True compiles the step again for arguments of another shape or value, "
-                    "which takes as long as the first time; DataLoader(drop_last=True) gives "
-                    "batches of one size",
-                    stacklevel=7,
-                )
-            self._graphs[key] = self._compile(step) if key is not None else None
+            if key in self._graphs:
+                return self._graphs[key]
+        except TypeError:
+            self._say(
+                "compile=True cannot tell arguments apart that are neither tensors nor hashable; "
+                "steps with them run as they are. Pass tensors, numbers or texts"
+            )
+            return None
+        if len(self._graphs) == LIMIT:
+            self._say(
+                f"compile=True has compiled {LIMIT} kinds of steps, and others run as they are; "
+                f"pass numbers that change as tensors, and batches of few sizes"
+            )
+            return None
+        if self._graphs and all(key[:2] != other[:2] for other in self._graphs):
+            self._say(
+                "compile=True compiles the step again for arguments of another shape or value, "
+                "which takes as long as the first time; DataLoader(drop_last=True) gives batches "
+                "of one size"
+            )
+        self._graphs[key] = self._compile(step)
         return self._graphs[key]
+
+    def _say(self, message: str) -> None:
+        """Warn once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=8)
 
     def _compile(self, step: "_Step") -> _Graph | None:
         try:

@@ -6,6 +6,7 @@ a while, for two networks.
 
 import warnings
 
+import numpy
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -150,6 +151,37 @@ def test_another_shape_is_traced_again_and_said_once(traced):
     assert [str(w.message).split(",")[0] for w in caught] == [
         "compile=True compiles the step again for arguments of another shape or value"
     ]
+
+
+def scaled(y, scale):
+    z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+    pyro.sample("y", dist.Normal(z, float(scale)).expand([3]).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("scales", "said", "graphs"),
+    [
+        ([1.0, 2.0, 1.0], ["compiles the step again"], 2),
+        ([1.0 + i for i in range(20)], ["compiles the step again", "16 kinds"], 16),
+        ([numpy.array(1.0), numpy.array(2.0)], ["nor hashable"], 0),
+    ],
+    ids=["two", "many", "array"],
+)
+def test_what_is_said_of_arguments_that_change(scales, said, graphs, traced):
+    def run(**options):
+        optim = pyro.optim.SGD({"lr": 0.1})
+        rule = {"kernel": RBF(Weights()), "seed": 0, "diagnostics_every": 100}
+        inference = ParticleInference(scaled, optim, 4, **rule, **options)
+        return [inference.step(torch.tensor([0.3, 1.0, 2.0]), scale) for scale in scales]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run(compile=True)
+    assert found == pytest.approx(run(), rel=1e-5)
+    assert len(caught) == len(said)
+    for warning, text in zip(caught, said, strict=True):
+        assert text in str(warning.message)
+    assert len(traced) == graphs
 
 
 def test_arguments_that_are_no_tensors_are_not_frozen(traced):
