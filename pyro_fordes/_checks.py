@@ -120,6 +120,14 @@ def check_number(
     return float(value)
 
 
+def check_level(value: object) -> float:
+    """Return the ``level`` of an interval if it is between 0 and 1, else raise."""
+    level = check_number("level", value)
+    if not 0 < level < 1:
+        raise ArgumentError(f"level must be between 0 and 1, such as 0.95; got {value}")
+    return level
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an `ArgumentError` unless ``value`` is one of ``choices``."""
     if value not in choices:

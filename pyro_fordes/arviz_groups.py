@@ -134,7 +134,7 @@ class Exporter:
         prototype = inference.prototype(*args, **kwargs)
         self.nodes = prototype.trace.nodes
         self.enumerated = prototype.enumerated
-        self.latents = list(inference.get_samples(gather=True))
+        self.latents = list(inference._particles)
         self.deterministic = deterministic_sites(prototype.trace)
         self.observed = observed_sites(prototype.trace)
         self.groups: dict[str, dict[str, Variable]] = {}

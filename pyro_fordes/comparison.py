@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError
+from pyro_fordes._checks import ArgumentError, check_level
 from pyro_fordes.estimates import Plan
 from pyro_fordes.evaluation import Evaluation
 from pyro_fordes.resampling import Interval, interval
@@ -43,7 +43,8 @@ def compare(
         A `Table`: print it, or read its columns.
 
     Raises:
-        ArgumentError: if evaluations are of different data, points or metrics.
+        ArgumentError: if evaluations are of different data, points or metrics, or the level is not
+            between 0 and 1.
 
     Example:
         >>> from pyro_fordes.evaluation import Evaluation
@@ -57,6 +58,7 @@ def compare(
         >>> round(row["difference"], 6), round(row["difference_low"], 6)  # paired: always a half
         (0.5, 0.5)
     """
+    check_level(level)
     runs = _paired(methods)
     names = list(runs)
     baseline = names[0] if baseline is None else baseline

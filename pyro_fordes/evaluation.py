@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_fordes._checks import ArgumentError, CheckpointError, check_number, check_positive_int
+from pyro_fordes._checks import ArgumentError, CheckpointError, check_level, check_positive_int
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.checkpoint import read, write
-from pyro_fordes.estimates import BINS, DETECTIONS, Plan, is_detection
+from pyro_fordes.estimates import BINS, CORRUPTED, DETECTIONS, Plan, is_detection
 from pyro_fordes.metrics.classification import Reliability, reliability_of
 from pyro_fordes.point_scores import SCORES, PointFunction, PointScores, find_site, top_k_of
 from pyro_fordes.resampling import interval
@@ -35,6 +35,7 @@ _DEFAULT = {
 _RESERVED = {
     *(name for names in (*_MEANS.values(), *_DERIVED.values()) for name in names),
     *SCORES,
+    *DETECTIONS,
     "observed",
     "confidence",
     "squared_error",
@@ -121,8 +122,7 @@ def evaluate(
     named = _named_loaders(loaders)
     outside = dict(outside or {})
     check_positive_int("resamples", resamples)
-    if not 0 < check_number("level", level) < 1:
-        raise ArgumentError(f"level must be between 0 and 1, such as 0.95; got {level}")
+    check_level(level)
     with preserved_rng():
         first = next(iter(next(iter(named.values()))), None)
         if first is None:
@@ -170,7 +170,8 @@ class Evaluation:
 
     Attributes:
         kind: ``"classes"``, ``"normal"`` or ``"density"``.
-        scores: ``{(data, severity): {score: (point,)}}``; ``"observed"`` is what was observed.
+        scores: ``{(data, severity): {score: (point,)}}``; ``"observed"`` is what was observed,
+            with the event axes of a density.
         outside: ``{data: {score: (point,)}}`` of data outside the distribution.
         inside: the data set that those are told from.
         metrics: names of the metrics in the table.
@@ -284,6 +285,11 @@ def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
                 f"iterated again; got {type(loader).__name__}"
             )
         found[key] = loader
+    if any(name == CORRUPTED for name, _ in found) and any(severity for _, severity in found):
+        raise ArgumentError(
+            f"a loader is called {CORRUPTED!r}, which is the name of the mean over corruptions; "
+            f"give it another"
+        )
     return found
 
 
@@ -308,15 +314,10 @@ def _chosen(
         return (*_DEFAULT[kind], *(_DEFAULT_DETECTIONS if outside else ())), {}
     if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
         raise ArgumentError(f"metrics must be a list of names and functions, got {metrics!r}")
-    functions = {
-        getattr(metric, "__name__", type(metric).__name__): metric
-        for metric in metrics
-        if callable(metric)
-    }
-    names = [m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__) for m in metrics]
+    names = [_name(metric) for metric in metrics]
+    functions = {n: metric for n, metric in zip(names, metrics, strict=True) if callable(metric)}
     known = [*_MEANS[kind], *_DERIVED[kind]]
     detections = [f"{d}:{s}" for d in DETECTIONS for s in SCORES] if kind == "classes" else []
-    names = [f"{name}:entropy" if name in DETECTIONS else name for name in names]
     for name, given in zip(names, metrics, strict=True):
         top_k = kind == "classes" and top_k_of(name) is not None
         if name in functions:
@@ -335,3 +336,10 @@ def _chosen(
     if len(set(names)) < len(names):
         raise ArgumentError(f"metrics names something twice: {names}")
     return tuple(names), functions
+
+
+def _name(metric: Any) -> str:
+    """Name of a metric in the table."""
+    if isinstance(metric, str):
+        return f"{metric}:entropy" if metric in DETECTIONS else metric
+    return getattr(metric, "__name__", type(metric).__name__)

@@ -584,6 +584,8 @@ class ParticleInference:
     def summary(self, max_sites: int = 20) -> Summary:
         """A table of sites, diagnostics and warnings, to be printed or read by name.
 
+        It is of all particles: where they are in several processes, all of those must ask.
+
         Args:
             max_sites: how many sites the text has at most.
 

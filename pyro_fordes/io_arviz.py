@@ -122,7 +122,6 @@ def to_arviz(
     )
     exports = []
     for index, chain in enumerate(chains):
-        chain.get_samples()  # refuses to go on without particles
         chain.setup(*args, **kwargs)
         with eval_mode(chain._log_joint.module), preserved_rng():
             torch.manual_seed(seed + index)

@@ -97,15 +97,14 @@ class PointScores:
         self.top_k = top_k
         self._predictive = ParticlePredictive(inference, chunk_size=chunk_size)
         self._draws = ParticlePredictive(inference, [site.name], chunk_size)
-        # Where the observations are among the tensors of a batch, and their type at the site.
-        self._place: tuple[int, torch.dtype] | None = None
-        self._searched = False
+        # Where the observations are in batches of a structure, and their type at the site.
+        self._places: dict[str, tuple[int, torch.dtype] | None] = {}
 
     def inside(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Scores of points with observations; ``"observed"`` has those.
 
         Returns:
-            ``{score: (point,)}`` on the CPU.
+            ``{score: (point,)}`` on the CPU; ``"observed"`` has the event axes of a density, too.
         """
         return _joined(self._inside(*arguments(batch)) for batch in batches)
 
@@ -120,7 +119,9 @@ class PointScores:
     def _inside(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         observed = self._observed(args, kwargs)
         if self.site.kind == "density":
-            densities = self._predictive.log_prob(*args, **kwargs)[self.site.name].flatten(1)
+            densities = self._predictive.log_prob(*args, **kwargs)[self.site.name]
+            observed = observed.reshape(-1, *observed.shape[densities.dim() - 1 :])
+            densities = densities.reshape(len(densities), -1)
             found = {"nll": point_nll(densities)}
             given: tuple[Tensor, ...] = (densities,)
         else:
@@ -139,7 +140,7 @@ class PointScores:
                 found = _normal(*given)
         for name, function in self.functions.items():
             found[name] = _checked(name, function(*given), len(observed))
-        return {**found, "observed": observed.flatten()}
+        return {**found, "observed": observed}
 
     def _classes(self, log_probs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """All scores of class probabilities."""
@@ -166,19 +167,20 @@ class PointScores:
         """What the site observes in a batch.
 
         It is nearly always an argument of the model as it is. Which one is found with the first
-        batch; where it is none, a run of the model has it.
+        batch of a structure; where it is none, a run of the model has it.
         """
-        tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if _is_tensor(leaf)]
-        if self._place is not None:
-            place, dtype = self._place
-            return tensors[place].to(dtype)
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        structure = str(spec)
+        known = self._places.get(structure)
+        if known is not None:
+            place, dtype = known
+            return leaves[place].to(dtype)
         value = self._draws(*args, **kwargs)[self.site.name][0]
-        if not self._searched:
-            self._searched = True
-            for place, tensor in enumerate(tensors):
-                if tensor.shape == value.shape and torch.equal(tensor.to(value.dtype), value):
-                    self._place = place, value.dtype
-                    return value
+        if structure not in self._places:
+            places = [place for place, leaf in enumerate(leaves) if _is_same(leaf, value)]
+            self._places[structure] = (places[0], value.dtype) if places else None
+            if places:
+                return value
         with eval_mode(module_of(self.inference.model)):
             plates = self.inference.prototype(*args, **kwargs).plates
         if plates:
@@ -233,6 +235,7 @@ def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
 
 
-def _is_tensor(leaf: Any) -> bool:
-    """Whether a leaf of a batch is a tensor."""
-    return isinstance(leaf, Tensor)
+def _is_same(leaf: Any, value: Tensor) -> bool:
+    """Whether a leaf of a batch is a value, of whatever type of number."""
+    same_shape = isinstance(leaf, Tensor) and leaf.shape == value.shape
+    return same_shape and torch.equal(leaf.to(value.dtype), value)

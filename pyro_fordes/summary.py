@@ -280,7 +280,10 @@ class Summary:
 def summarize(inference: Any, max_sites: int = 20) -> Summary:
     """See ``ParticleInference.summary``."""
     check_positive_int("max_sites", max_sites)
-    samples, particles = inference.get_samples(), inference.get_unconstrained()
+    gather = inference._gather
+    with gather.together("summary"):
+        samples = inference.get_samples(gather=True)
+        particles = {name: gather(one) for name, one in inference.get_unconstrained().items()}
     size = sum(value[0].numel() for value in particles.values())
     try:
         measured = inference.diagnostics()

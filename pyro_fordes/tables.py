@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_fordes._checks import ArgumentError, require
+from pyro_fordes.estimates import CORRUPTED, is_detection
 
 _NAME, _CELL, _PER_LINE = 24, 19, 4
 """Widths of a name and of a cell, and cells per line: 100 columns in all."""
@@ -141,7 +142,7 @@ class Table:
         """Means over severities are; with methods, only the mean over corruptions too."""
         if self.baseline is None or row["severity"] is not None:
             return row["severity"] in (0, None)
-        return row["data"] == "corrupted" or _is_detection(row["metric"])
+        return row["data"] == CORRUPTED or is_detection(row["metric"])
 
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> list[str]:
         """Values of a method or data set, and below their difference to the baseline's."""
@@ -166,11 +167,6 @@ def _line(name: str, cells: Iterable[str]) -> str:
     """A name in the width of its column, and cells in that of theirs."""
     name = name if len(name) < _NAME else name[: _NAME - 2] + "…"
     return (f"{name:{_NAME}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
-
-
-def _is_detection(metric: str) -> bool:
-    """Whether a metric tells how well points outside are told from those inside."""
-    return metric.partition(":")[0] in ("auroc", "aupr", "fpr95")
 
 
 def _cell(value: float, low: float, high: float, *, sign: bool = False) -> str:

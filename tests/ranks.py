@@ -207,6 +207,10 @@ def compare(out, num_steps=20, num_particles=7, only=None):
             **{f"mean {k}": v for k, v in predict.mean(x).items()},
             **{f"draw {k}": v.double() for k, v in predict(x).items()},
             **{f"likelihood {k}": v for k, v in inference.log_likelihood(x, y).items()},
+            **{
+                f"summary {site.name}": torch.tensor([site.mean, site.sd, site.low, site.high])
+                for site in inference.summary().sites
+            },
             "log_joint": inference.log_joint(x, y),
             "representation": inference.representation(x, y),
             "loss": torch.tensor(inference.evaluate_loss(x, y)),

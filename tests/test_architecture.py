@@ -63,7 +63,7 @@ ALLOWED = {
     "trajectory": {"_checks", "sites"},
     "summary": {"_checks", "particles", "sites"},
     "corruptions": {"_checks"},
-    "tables": {"_checks"},
+    "tables": {"_checks", "estimates"},
     "resampling": set(),
     "estimates": {"_checks", "metrics", "resampling"},
     "point_scores": {"_checks", "loops", "metrics", "prediction", "prototype", "sites"},

@@ -251,6 +251,33 @@ def test_other_densities():
     assert table["value"] == [pytest.approx(expected.item(), rel=1e-6)]
 
 
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_observations_of_several_numbers(event_dim):
+    """With event axes a point is a whole observation, else each of its numbers."""
+
+    def model(x, y=None):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        fn = dist.Poisson(rate * x)
+        if event_dim:
+            with pyro.plate("data", len(x)):
+                return pyro.sample("y", fn.to_event(1), obs=y)
+        with pyro.plate("numbers", 2), pyro.plate("data", len(x)):
+            return pyro.sample("y", fn, obs=y)
+
+    def likelihood(densities):
+        return densities.exp().mean(0)
+
+    x, y = torch.linspace(1, 2, 14).reshape(7, 2), torch.arange(14.0).reshape(7, 2) % 4
+    inference = trained(model, x, y)
+    found = evaluate(inference, [(x, y)], ["nll", likelihood], resamples=5, progress_bar=False)
+    densities = ParticlePredictive(inference).log_prob(x, y)["y"].flatten(1)
+    expected = [metrics.nll(densities), densities.exp().mean()]
+    assert found.table["value"] == pytest.approx([value.item() for value in expected])
+    assert found.table["points"] == [7 if event_dim else 14] * 2
+    same(found.scores["data", 0]["observed"], y if event_dim else y.flatten())
+    assert compare({"a": found, "b": found})["difference"][2:] == [0.0, 0.0]
+
+
 def binary(x, y=None):
     slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(x)):
@@ -301,6 +328,13 @@ def test_observations_are_found_where_they_are_no_argument():
     found = evaluate(inference, batches, resamples=2, progress_bar=False)
     assert found.table["value"] == pytest.approx(expected.table["value"])
     same(found.scores["data", 0]["observed"], y.long())
+
+
+def test_observations_are_found_in_batches_of_any_structure(classifiers):
+    x, y = data(1)
+    batches = {"tuple": [(x, y)], "mapping": [{"y": y, "x": x}]}
+    found = evaluate(classifiers[0], batches, ["nll"], resamples=2, progress_bar=False)
+    assert len(set(found.table["value"])) == 1
 
 
 def test_a_model_that_draws_its_minibatch_is_refused():
@@ -646,6 +680,10 @@ def nll(log_probs, labels):
     return labels.double()
 
 
+def auroc(log_probs, labels):
+    return labels.double()
+
+
 BAD = {
     "no loader": (lambda i: evaluate(i, {}), "at least one loader"),
     "loader name": (lambda i: evaluate(i, {3: []}), "named by texts"),
@@ -663,12 +701,18 @@ BAD = {
     "too many classes": (lambda i: scored(i, ["top-9"]), "at most the number of classes"),
     "score of no point": (lambda i: scored(i, [nothing]), r"one score per point.*\(16,\)"),
     "taken name": (lambda i: scored(i, [nll]), "name of another score"),
+    "taken name of a detection": (lambda i: scored(i, [auroc]), "name of another score"),
+    "mean over corruptions": (
+        lambda i: evaluate(i, {("corrupted", 1): [data(1)]}),
+        "name of the mean over corruptions",
+    ),
     "detection alone": (lambda i: scored(i, ["auroc"], outside=None), "needs data outside"),
     "unknown inside": (lambda i: scored(i, inside="test"), "no loader"),
     "level": (lambda i: scored(i, level=95.0), "between 0 and 1"),
     "resamples": (lambda i: scored(i, resamples=0), "resamples"),
     "no methods": (lambda i: compare({}), "by method"),
     "no evaluation": (lambda i: compare({"a": i}), "evaluate"),
+    "comparison level": (lambda i: compare({"a": scored(i)}, level=95), "between 0 and 1"),
     "unknown baseline": (lambda i: compare({"a": scored(i)}, baseline="b"), "none of the methods"),
     "other runs": (lambda i: compare({"a": scored(i), "b": [scored(i)] * 2}), "2 runs"),
     "other metrics": (

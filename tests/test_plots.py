@@ -135,6 +135,9 @@ def test_what_is_drawn():
     np.testing.assert_allclose(heights[-1], [0, 1])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["test (mean 0.07)", "outside (mean 1.00)"]
+    axes = plots.ood_histograms(torch.zeros(2), {"test": torch.ones(2)})
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["test (mean 0.00)", "test (mean 1.00)"]
 
     axes = plots.reliability(RELIABILITY)
     points = axes.collections[0].get_offsets()
@@ -195,6 +198,7 @@ def test_rows_of_maps_are_the_second_input():
 BAD = {
     "no reliability": (lambda: plots.reliability({}), "got none"),
     "band": (lambda: plots.regression_band(rand(5), rand(3, 4)), r"particle, 5"),
+    "band noise": (lambda: plots.regression_band(rand(5), rand(3, 5), rand(5)), "sd must be"),
     "band axes": (lambda: plots.regression_band(rand(5), rand(5)), "2 axes"),
     "three inputs": (lambda: plots.decision_map(classifier, rand(4, 3), LABELS[:4]), "two inputs"),
     "one particle": (

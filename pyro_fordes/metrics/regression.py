@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_number, describe
+from pyro_fordes._checks import ArgumentError, check_level, describe
 from pyro_fordes.metrics._inputs import check_floats
 
 
@@ -129,8 +129,7 @@ def point_covered(
 ) -> Float[Tensor, " point"]:
     """1 where the target lies in the interval of `coverage`, else 0."""
     predictions, targets, sd = _check_regression(predictions, targets, sd)
-    if not 0 < check_number("level", level) < 1:
-        raise ArgumentError(f"level must be between 0 and 1, such as 0.9; got {level}")
+    check_level(level)
     low, high = (1 - level) / 2, (1 + level) / 2
     if sd is None:
         not_above = (predictions <= targets).to(targets.dtype).mean(0)

@@ -59,6 +59,11 @@ def regression_band(
 
     if sd is not None:
         noise = torch.as_tensor(sd, dtype=predictions.dtype, device=predictions.device)
+        if noise.dim() and noise.shape != predictions.shape:
+            raise ArgumentError(
+                f"sd must be a number or of the shape of predictions, {tuple(predictions.shape)}, "
+                f"got {describe(noise)}"
+            )
         noise = noise.expand_as(predictions) if noise.dim() == 0 else noise[:, order]
         total = (variance + noise.square().mean(0)).sqrt()
         band(total, 0.18, "± 2 sd with noise")

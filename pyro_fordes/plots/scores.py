@@ -156,18 +156,18 @@ def ood_histograms(
         ArgumentError: if there are no scores or they are not finite.
         MissingDependencyError: if matplotlib is not installed.
     """
-    sets = {"outside": outside} if isinstance(outside, Tensor) else dict(outside)
-    sets = {name: inside, **sets}
-    for which, values in sets.items():
+    several = {"outside": outside} if isinstance(outside, Tensor) else outside
+    sets = [(name, inside), *several.items()]
+    for which, values in sets:
         check_shape(f"scores of {which!r}", values, 1)
         if not values.isfinite().all():
             bad = int((~values.isfinite()).sum())
             raise ArgumentError(f"scores of {which!r} must be finite, but {bad} are not")
-    low = min(float(values.min()) for values in sets.values())
-    high = max(float(values.max()) for values in sets.values())
+    low = min(float(values.min()) for _, values in sets)
+    high = max(float(values.max()) for _, values in sets)
     high = high if high > low else low + 1.0
     axes = new_axes(axes, (6.0, 4.0))
-    for number, (which, values) in enumerate(sets.items()):
+    for number, (which, values) in enumerate(sets):
         heights = torch.histc(values.detach().double().cpu(), bins, low, high) / len(values)
         edges = torch.linspace(low, high, bins + 1)
         axes.stairs(to_array(heights), to_array(edges), fill=True, color=f"C{number}", alpha=0.3)
