@@ -1,7 +1,8 @@
 """One update of a `ParticleInference`: forces, the optimiser's step, and what may go wrong."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,9 @@ from pyro_fordes.forces import Forces, Rule, compute_forces, joined_diagnostics
 from pyro_fordes.particles import Call, OneProcess, at_step, count_of
 from pyro_fordes.randomness import Noise
 from pyro_fordes.rollback import like, redraw
+
+# Packages whose optimisers follow from gradients alone.
+_NOISELESS = ("torch.optim.", "pyro.optim.")
 
 
 def check_start(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -113,8 +117,7 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     if not spare:
         before.take(parameters, stepper.optimizers(parameters))
     try:
-        noise = Noise(inference._particles.values(), gather.rows.start or 0)
-        with inference._random.active(), noise:  # an optimiser may draw noise
+        with inference._random.active(), _noise_of(inference, stepper.optimizers(parameters)):
             stepper.step(parameters)
         broken = broken.joined(broken_values(inference._particles, shared))
         measured = forces.diagnostics or {}
@@ -159,6 +162,18 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     if fault and not waits:
         _tell(inference, broken, log_joint, args, kwargs, place)
     return _mean_loss(log_joint, broken) if fault else -log_joint.mean()
+
+
+def _noise_of(
+    inference: Any, optimizers: Sequence[torch.optim.Optimizer]
+) -> AbstractContextManager[Any]:
+    """What optimisers that may draw noise step in: those that torch and Pyro come with draw none.
+
+    Before the first step there is none yet, and nothing is known.
+    """
+    if optimizers and all(type(one).__module__.startswith(_NOISELESS) for one in optimizers):
+        return nullcontext()
+    return Noise(inference._particles.values(), inference._gather.rows.start or 0)
 
 
 def _mean_loss(log_joint: Tensor, broken: Broken) -> Float[Tensor, ""]:
