@@ -122,6 +122,7 @@ def model(dropout=0.0, batch_norm=False, shared=False):
 def cases():
     """Inferences to compare, by name: arguments, and arguments of the model."""
     import pyro
+    import torch
 
     from pyro_fordes import (
         RBF,
@@ -129,6 +130,7 @@ def cases():
         WGD,
         Ensemble,
         Features,
+        Fixed,
         InputGradients,
         Langevin,
         Outputs,
@@ -136,6 +138,7 @@ def cases():
     )
 
     gradients = InputGradients("x", output="logits")
+    elsewhere = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
     return {
         "ensemble": ({"transport": Ensemble()}, {}),
         "wgd weights": ({"kernel": RBF(Weights())}, {}),
@@ -162,6 +165,11 @@ def cases():
             {"shared": True},
         ),
         "svgd outputs": ({"kernel": RBF(Outputs()), "transport": SVGD()}, {}),
+        "svgd outputs by point": (
+            {"kernel": RBF(Outputs(group="point"), Fixed(0.5)), "transport": SVGD()},
+            {},
+        ),
+        "wgd outputs elsewhere": ({"kernel": RBF(Outputs(points=(elsewhere,)), Fixed(0.5))}, {}),
         "wgd features": ({"kernel": RBF(Features("net.0"))}, {}),
         "shared": ({"kernel": RBF(Weights())}, {"shared": True}),
         "langevin": (
@@ -174,7 +182,27 @@ def cases():
     }
 
 
-def compare(out, num_steps=20, num_particles=7, only=None):
+def share_of(ranks, *tensors):
+    """The rows of a batch that a rank sees."""
+    return [tensor.chunk(ranks.data)[ranks.data_rank] for tensor in tensors]
+
+
+def check_rows(inference, ranks):
+    """Ranks with the same particles have the same values, buffers and optimiser states."""
+    import torch.distributed as dist
+
+    from pyro_fordes.agreement import fingerprint
+
+    stepper = inference._stepper.state_dict({**inference._particles, **inference._shared})
+    own = fingerprint((inference._particles, inference._buffers, stepper, inference._step))
+    found = [None] * ranks.size
+    dist.all_gather_object(found, own)
+    rows = [found[first : first + ranks.data] for first in range(0, ranks.size, ranks.data)]
+    assert [len(set(row)) for row in rows] == [1] * len(rows), rows
+    assert len(set(found)) == len(rows)
+
+
+def compare(out, num_steps=20, num_particles=7, only=None, data_ranks=1):
     """Take steps in every case, and note everything that comes out."""
     import pyro
     import torch
@@ -182,9 +210,10 @@ def compare(out, num_steps=20, num_particles=7, only=None):
     from pyro_fordes import ParticleInference, ParticlePredictive
     from pyro_fordes.distributed import Ranks
 
-    ranks = Ranks()
+    ranks = Ranks(data=data_ranks)
     found = {}
-    x, y = data()
+    whole = data()[0]
+    x, y = share_of(ranks, *data())
     for name, (arguments, options) in cases().items():
         if only is not None and name not in only:
             continue
@@ -198,19 +227,22 @@ def compare(out, num_steps=20, num_particles=7, only=None):
         }
         inference = ParticleInference(model(**options), num_particles=num_particles, **arguments)
         losses = inference.run(num_steps, x, y, progress_bar=False)
+        if data_ranks > 1:
+            check_rows(inference, ranks)
         torch.manual_seed(5)
         predict = ParticlePredictive(inference)
         found[name] = {
             "losses": losses,
             **{f"sample {k}": v for k, v in inference.get_samples(gather=True).items()},
             **{f"diagnostics {k}": torch.as_tensor(v) for k, v in inference.diagnostics().items()},
-            **{f"mean {k}": v for k, v in predict.mean(x).items()},
-            **{f"draw {k}": v.double() for k, v in predict(x).items()},
+            **{f"mean {k}": v for k, v in predict.mean(whole).items()},
+            **{f"draw {k}": v.double() for k, v in predict(whole).items()},
             **{f"likelihood {k}": v for k, v in inference.log_likelihood(x, y).items()},
             **{
                 f"summary {site.name}": torch.tensor([site.mean, site.sd, site.low, site.high])
                 for site in inference.summary().sites
             },
+            **{f"score {k}": inference._gather(v) for k, v in inference.scores(x, y).items()},
             "log_joint": inference.log_joint(x, y),
             "representation": inference.representation(x, y),
             "loss": torch.tensor(inference.evaluate_loss(x, y)),

@@ -20,7 +20,8 @@ from pyro_fordes import (
     Weights,
     distributed,
 )
-from pyro_fordes.distributed import Ranks, blocks, fingerprint, step_bytes
+from pyro_fordes.agreement import checksum, fingerprint
+from pyro_fordes.distributed import Ranks, blocks, step_bytes
 from tests import ranks
 
 TOLERANCE = 1e-9
@@ -232,7 +233,8 @@ def test_alone_is_one_process():
 
 def shard(rank=0, size=2, num_particles=4):
     """A shard that must not send anything."""
-    link = type("Link", (), {"rank": rank, "size": size, "first": lambda self, make: make()})()
+    attributes = {"rank": rank, "row": rank, "share": 0, "data": 1, "size": size}
+    link = type("Link", (), {**attributes, "first": lambda self, make: make()})()
     return distributed.Shard(link, blocks(num_particles, size))
 
 
@@ -276,8 +278,8 @@ def test_fingerprints_tell_data_apart():
 
 def test_checksums_on_devices_depend_on_order():
     x = torch.arange(6.0)
-    assert distributed._checksum(x) == distributed._checksum(x.clone())
-    assert distributed._checksum(x) != distributed._checksum(x.flip(0))
+    assert checksum(x) == checksum(x.clone())
+    assert checksum(x) != checksum(x.flip(0))
 
 
 def test_errors_of_the_first_process_keep_their_kind(tmp_path):
