@@ -575,6 +575,9 @@ def step_bytes(
     num_sites: int,
     itemsize: int = 4,
     scores: bool = False,
+    data: int = 1,
+    num_values: int = 0,
+    of_batch: bool = True,
 ) -> int:
     r"""Bytes that every rank sends in a step that is not measured.
 
@@ -582,23 +585,45 @@ def step_bytes(
 
     for M particles, R ranks, P points of F features in numbers of b bytes and S sites: the
     representation; the log joint and whether all is finite, in double precision; and what is
-    compared. Headers of the network come on top. Parameters that particles share add
-    :math:`2 (R - 1) / R` times their size, a measured step five numbers per particle, and an epoch
-    and a checkpoint what `docs/scaling.md` says.
+    compared. With the batch in K shares, so that Q = R / K ranks divide the particles, it is
+
+    .. math:: (Q - 1) \lceil M / Q \rceil (P F b + 8 (3 + 2 S)) + (K - 1) M P F b
+        + 2 \frac{K - 1}{K} \lceil M / Q \rceil (V + 1) b + 32 (R - 1)
+
+    with V numbers per particle: the representations of a share go to its column and then, with
+    those of all particles, to the other shares; gradients, log density and buffers are averaged.
+
+    Headers of the network come on top. Parameters that particles share add :math:`2 (R - 1) / R`
+    times their size, a measured step five numbers per particle (and V more, to average the two
+    forces apart), and an epoch and a checkpoint what `docs/scaling.md` says.
 
     Args:
         num_particles: number of particles.
         num_ranks: number of ranks.
-        num_points: points of the representation (the batch, for input gradients), 0 for none.
+        num_points: points of the representation (the share of the batch that a rank sees, for input
+            gradients), 0 for none.
         num_features: features of a point (the input's size, for input gradients).
         num_sites: number of latent sites.
         itemsize: bytes of a number.
         scores: whether the transport sends scores, too (`SVGD`), as large as the representation.
+        data: number of shares of the batch.
+        num_values: values of a particle and floating-point numbers in its buffers; counts where
+            ``data`` is above 1.
+        of_batch: whether the representation is of the batch, as it is in all spaces but `Weights`
+            and those with other points.
 
     Example:
         >>> step_bytes(10, 2, 128, 3 * 32 * 32, num_sites=20)
         7866056
+        >>> step_bytes(10, 4, 64, 3 * 32 * 32, num_sites=20, data=2, num_values=80_000)
+        13398316
     """
-    block = -(-num_particles // num_ranks)
+    rows = num_ranks // data
+    block = -(-num_particles // rows)
     represented = num_points * num_features * itemsize * (2 if scores else 1)
-    return (num_ranks - 1) * (block * (represented + 8 * (3 + 2 * num_sites)) + 16)
+    along_particles = (rows - 1) * block * (represented + 8 * (3 + 2 * num_sites))
+    if data == 1:
+        return along_particles + 16 * (num_ranks - 1)
+    joined = (data - 1) * num_particles * represented if of_batch else 0
+    averaged = 2 * (data - 1) * block * (num_values + 1) * itemsize // data
+    return along_particles + joined + averaged + 32 * (num_ranks - 1)

@@ -20,7 +20,7 @@ def check_shares(prototype: Prototype, space: Any, gather: Gather) -> None:
     """Refuse models and spaces for which shares of a batch do not add up to the batch.
 
     The log joint of a batch is the mean of those of its shares if each scales its likelihood up to
-    all data, and if no site belongs to single points of a share.
+    all data, and if no sum over a discrete site is of several shares.
 
     Args:
         prototype: the model's prototype run.
@@ -39,13 +39,6 @@ def check_shares(prototype: Prototype, space: Any, gather: Gather) -> None:
             f"joined, which Ranks(data={shares}) needs; give it an attribute share_axis (1 where "
             f"points are compared one by one, 2 for one long point, None for what does not depend "
             f"on the batch)"
-        )
-    local = [name for name in prototype.latents if _rows_behind(nodes[name]) > 1]
-    if local:
-        raise ArgumentError(
-            f"the latent sites {local} have a value per row of the batch, so that processes with "
-            f"other shares would mean other values by the same particle; Ranks(data={shares}) "
-            f"needs latent sites that all data share"
         )
     summed = [name for name in prototype.enumerated if _rows_behind(nodes[name]) < shares]
     observed = {name: _scale(nodes[name]) for name in observed_sites(prototype.trace)}
