@@ -332,6 +332,14 @@ def train(
         torch.save({"losses": losses, **samples, "state": state}, out)
 
 
+def example(out, *, arguments):
+    """Run the example as its command does."""
+    import runpy
+
+    sys.argv = ["distributed.py", *arguments, "--out", out]
+    runpy.run_path(str(ROOT / "examples" / "distributed.py"), run_name="__main__")
+
+
 class Batches:
     """A loader without a length."""
 

@@ -555,3 +555,15 @@ def test_the_example_gives_the_same_on_one_process_and_two(tmp_path):
     assert set(one) == set(two)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=TOLERANCE)
+
+
+def test_the_example_on_shares_of_batches(tmp_path):
+    options = {"arguments": ["--smoke", "--particles", "3", "--data", "2"]}
+    codes, printed = ranks.run_ranks("example", tmp_path / "out.pt", 2, **options)
+    check_ended(codes, printed)
+    found = re.search(
+        r"3 particles on 2 processes with 2 shares of a batch, accuracy 0\.(\d)", "".join(printed)
+    )
+    assert found is not None, printed
+    assert int(found[1]) >= 7
+    assert {value.shape[0] for value in torch.load(tmp_path / "out.pt").values()} == {3}
