@@ -1,16 +1,16 @@
-"""Particles spread over the processes of ``torch.distributed``.
+"""Particles, and shares of the batch, spread over the processes of ``torch.distributed``.
 
 Each process (rank) owns some particles, with their optimiser's state and buffers. What a step sends
-are representations, once, and some numbers per particle: never weights. ``docs/distributed.md``
-says how to start a run and what happens when a rank fails, ``docs/scaling.md`` what it costs.
+are representations, once, and some numbers per particle: never weights. Where the batch is split,
+too, several ranks have the same particles and other points, and gradients are averaged over them.
+``docs/distributed.md`` says how to start a run and what happens when a rank fails,
+``docs/scaling.md`` what it costs.
 """
 
-import hashlib
 import io
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,13 +18,13 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_fordes._checks import ArgumentError, FordesError, RankError
+from pyro_fordes._checks import ArgumentError, FordesError, RankError, check_positive_int
+from pyro_fordes.agreement import checksum, differences, fingerprint, outline
 from pyro_fordes.particles import Gather, OneProcess
 from pyro_fordes.watch import Watch
 
@@ -44,9 +44,15 @@ class Ranks:
         timeout: how long a rank that gives signs of life may keep the others waiting before they
             stop.
         silence: after how long without a sign of life a rank counts as dead.
+        data: into how many equal shares the batch is split. The ranks are then a mesh of
+            ``size / data`` rows, which divide the particles among them, and ``data`` columns: rank
+            r is in row ``r // data`` and column ``r % data``. The ranks of a row have the same
+            particles, those of a column see the same share, and a step is that of one process on
+            the shares side by side. Every share must have as many points as the others.
 
     Raises:
-        ArgumentError: if a time is not above zero, or below two seconds for ``silence``.
+        ArgumentError: if a time is not above zero, or below two seconds for ``silence``; when the
+            ranks are asked for, if ``data`` does not divide their number.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -63,6 +69,7 @@ class Ranks:
 
     timeout: timedelta = timedelta(minutes=10)
     silence: timedelta = timedelta(seconds=10)
+    data: int = 1
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -73,6 +80,7 @@ class Ranks:
                     f"Ranks({name}=...) must be a datetime.timedelta above "
                     f"{least.total_seconds():.0f} seconds, got {value!r}"
                 )
+        check_positive_int("Ranks(data=...)", self.data)
 
     @property
     def rank(self) -> int:
@@ -84,6 +92,21 @@ class Ranks:
         """Number of processes."""
         return dist.get_world_size() if _joined() else 1
 
+    @property
+    def data_rank(self) -> int:
+        """Which share of the batch this process sees: from 0 to ``data - 1``."""
+        self._rows()
+        return self.rank % self.data
+
+    def _rows(self) -> int:
+        """Number of rows of the mesh, or an error if the ranks do not make one."""
+        if self.size % self.data:
+            raise ArgumentError(
+                f"Ranks(data={self.data}) needs a number of processes that {self.data} divides, "
+                f"got {self.size}; start another number with torchrun, or take another data="
+            )
+        return self.size // self.data
+
     def first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, or the error that it meets; for use before `split`."""
         return make() if self.size == 1 else _link(dist.group.WORLD, self).first(make)
@@ -92,16 +115,17 @@ class Ranks:
         """Share out so many particles, in contiguous blocks of sizes that differ by at most one.
 
         Raises:
-            ArgumentError: if there are more ranks than particles.
+            ArgumentError: if there are more ranks than particles, or no mesh of them.
         """
+        rows = self._rows()
         if self.size == 1:
             return OneProcess()
-        if num_particles < self.size:
+        if num_particles < rows:
             raise ArgumentError(
-                f"{num_particles} particles cannot be spread over {self.size} ranks: each needs at "
+                f"{num_particles} particles cannot be spread over {rows} ranks: each needs at "
                 f"least one; start fewer ranks or take more particles"
             )
-        return Shard(_link(dist.group.WORLD, self), blocks(num_particles, self.size))
+        return Shard(_link(dist.group.WORLD, self), blocks(num_particles, rows))
 
 
 def _joined() -> bool:
@@ -125,7 +149,7 @@ def _joined() -> bool:
 @lru_cache(maxsize=1)
 def _link(group: Any, ranks: Ranks) -> "Link":
     """The connection of a process group: one, whatever number of inferences there are."""
-    return Link(ranks.timeout, ranks.silence)
+    return Link(ranks.timeout, ranks.silence, ranks.data)
 
 
 def blocks(num_particles: int, size: int) -> list[range]:
@@ -140,20 +164,51 @@ def blocks(num_particles: int, size: int) -> list[range]:
     return [range(*pair) for pair in pairwise(starts)]
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Ranks that exchange tensors, this one among them.
+
+    Attributes:
+        size: how many.
+        on_cpu: their group for tensors on CPUs.
+        on_gpu: their group for tensors on GPUs.
+    """
+
+    size: int
+    on_cpu: Any
+    on_gpu: Any
+
+    def group_of(self, tensor: Tensor) -> Any:
+        """The group over which a tensor travels."""
+        return self.on_gpu if tensor.is_cuda else self.on_cpu
+
+
+# Content that is compared along one axis of the mesh only.
+_OF_COLUMNS = ("data", "arguments")
+_OF_ROWS = ("particles",)
+
+
 class Link:
     """Connection of a rank with the others, and what they have agreed upon.
 
     Args:
         timeout: see `Ranks`.
         silence: see `Ranks`.
+        data: see `Ranks`.
     """
 
-    def __init__(self, timeout: timedelta, silence: timedelta) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, timeout: timedelta, silence: timedelta, data: int = 1) -> None:
+        self.rank, self.size, self.data = dist.get_rank(), dist.get_world_size(), data
+        self.row, self.share = divmod(self.rank, data)
         # Its operations never give up by themselves before the watch does.
-        patience = 2 * timeout + 10 * silence
-        self._group = cast("Any", dist.new_group(backend="gloo", timeout=patience))
-        self._on_gpu = dist.group.WORLD if "nccl" in str(dist.get_backend_config()) else self._group
+        self._patience = 2 * timeout + 10 * silence
+        self._group = cast("Any", dist.new_group(backend="gloo", timeout=self._patience))
+        self._nccl = "nccl" in str(dist.get_backend_config())
+        self._all = Axis(self.size, self._group, dist.group.WORLD if self._nccl else self._group)
+        everyone = range(self.size)
+        self._columns = [list(everyone[share::data]) for share in range(data)]
+        self._rows = [list(everyone[first : first + data]) for first in everyone[::data]]
+        self._column, self._row = self._axis(self._columns), self._axis(self._rows)
         store = dist.distributed_c10d._get_default_store()
         self._watch = Watch(store, self.rank, self.size, timeout, silence)
         self._what = "start"
@@ -161,23 +216,52 @@ class Link:
         self._pending: tuple[Any, Tensor, str] | None = None  # a comparison under way
         self._wait(dist.barrier(group=self._group, async_op=True))
 
+    def _axis(self, members: list[list[int]]) -> Axis:
+        """This rank's part of the mesh, from all parts along an axis.
+
+        The layout is that of ``init_device_mesh(..., (rows, data), mesh_dim_names=("particle",
+        "data"))``, whose groups have a time-out of torch's, though, shorter than a rank's patience:
+        old versions of torch cannot set another, and without one a slow step would end the run.
+        """
+        if len(members) == 1:
+            return self._all
+        if len(members[0]) == 1:
+            return Axis(1, None, None)
+        make = dist.new_subgroups_by_enumeration
+        on_cpu, _ = make(members, timeout=self._patience, backend="gloo")
+        on_gpu = make(members, timeout=self._patience)[0] if self._nccl else on_cpu
+        return Axis(len(members[0]), on_cpu, on_gpu)
+
     # ---------------------------------------------------------------- tensors
 
     def gather(self, block: Tensor) -> Tensor:
-        """Blocks of all ranks, equal in size, one after the other."""
+        """Blocks of all ranks of the column, equal in size, one after the other."""
+        return self._gathered(block, self._column)
+
+    def shares(self, block: Tensor) -> Tensor:
+        """Blocks of all ranks of the row, equal in size, one after the other."""
+        return self._gathered(block, self._row)
+
+    def _gathered(self, block: Tensor, axis: Axis) -> Tensor:
         self._settle()
-        received = block.new_empty(self.size, *block.shape)
+        if axis.size == 1:
+            return block.unsqueeze(0)
+        received = block.new_empty(axis.size, *block.shape)
         if block.numel():
-            self._wait(_all_gather(received, block, self._group_of(block)), block)
+            self._wait(_all_gather(received, block, axis.group_of(block)), block)
         return received
 
     def collect(self, block: Tensor) -> Tensor | None:
-        """The same at rank 0 only."""
+        """Blocks of all ranks of the first column at rank 0 only."""
         self._settle()
-        received = block.new_empty(self.size, *block.shape) if self.rank == 0 else None
+        if self.share:
+            return None
+        if self._column.size == 1:
+            return block.unsqueeze(0)
+        received = block.new_empty(self._column.size, *block.shape) if self.rank == 0 else None
         if block.numel():
             parts = None if received is None else list(received.unbind(0))
-            group = self._group_of(block)
+            group = self._column.group_of(block)
             self._wait(dist.gather(block, parts, dst=0, group=group, async_op=True), block)
         return received
 
@@ -186,11 +270,24 @@ class Link:
         self._settle()
         sums = {name: part.detach().clone() for name, part in parts.items()}
         for part in sums.values():
-            self._wait(dist.all_reduce(part, group=self._group_of(part), async_op=True), part)
+            self._wait(_all_reduce(part, self._all.group_of(part)), part)
         return sums
 
-    def _group_of(self, tensor: Tensor) -> Any:
-        return self._on_gpu if tensor.is_cuda else self._group
+    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Means over the ranks of the row, in one message for each type of number."""
+        self._settle()
+        means = [part.detach() for part in parts]
+        if self.data == 1:
+            return means
+        for kind in dict.fromkeys((part.dtype, part.device) for part in means):
+            places = [i for i, part in enumerate(means) if (part.dtype, part.device) == kind]
+            joined = torch.cat([means[i].reshape(-1) for i in places])
+            self._wait(_all_reduce(joined, self._row.group_of(joined)), joined)
+            joined /= self.data
+            pieces = joined.split([means[i].numel() for i in places])
+            for i, piece in zip(places, pieces, strict=True):
+                means[i] = piece.view(means[i].shape)
+        return means
 
     def _wait(self, work: Any, sent: Tensor | None = None) -> None:
         """Wait for an operation: the host on CPUs, the stream of the device on GPUs."""
@@ -246,8 +343,7 @@ class Link:
         self._watch.at(what)
         try:
             named = dict(content())
-            marks = {name: fingerprint(tree) for name, tree in named.items()}
-            self._compare({"what": what, **marks})
+            self._compare({"what": what, **self._marks(named)})
             self._compare_on_gpu(named)
             yield
             self._settle()
@@ -261,14 +357,38 @@ class Link:
         finally:
             self._what = before
 
+    def _marks(self, named: Mapping[str, Any]) -> dict[str, int]:
+        """Fingerprints of what is to be compared."""
+        marks = {}
+        for name, tree in named.items():
+            if name in _OF_ROWS:
+                if self.data == 1:
+                    continue  # nobody else has these particles
+                tree = pytree.tree_map(lambda leaf: leaf.cpu(), tree)
+            marks[name] = fingerprint(tree)
+            if name in _OF_COLUMNS and self.data > 1:
+                marks[f"shapes of {name}"] = fingerprint(outline(tree))
+        return marks
+
+    def _peers(self, name: str) -> list[list[int]]:
+        """The ranks among which what has a name must be the same."""
+        if name in _OF_COLUMNS:
+            return self._columns
+        return self._rows if name in _OF_ROWS else [list(range(self.size))]
+
     def _compare(self, described: Mapping[str, Any], flags: tuple[bool, ...] = ()) -> None:
         """Begin to compare with the other ranks, in a message that always has the same size."""
         self._settle()
-        text = json.dumps(described)
+        parts: list[dict[str, Any]] = [{}, {}, {}]  # for all ranks, for columns, for rows
+        for name, mark in described.items():
+            place = 1 if name in _OF_COLUMNS else 2 if name in _OF_ROWS else 0
+            parts[place if self.data > 1 else 0][name] = mark
+        marks = [fingerprint(json.dumps(part)) for part in parts]
         bits = sum(int(flag) << place for place, flag in enumerate(flags))
-        sent = torch.tensor([fingerprint(text), bits])
+        sent = torch.tensor([bits, *(marks if self.data > 1 else marks[:1])])
         received = sent.new_empty(self.size * len(sent))
-        self._pending = _all_gather(received, sent, self._group), received.reshape(-1, 2), text
+        work = _all_gather(received, sent, self._group)
+        self._pending = work, received.reshape(self.size, -1), json.dumps(described)
 
     def _settle(self) -> Tensor:
         """Look at the comparison that is under way; returns the flags of all ranks."""
@@ -277,9 +397,13 @@ class Link:
         work, received, text = self._pending
         self._pending = None
         self._wait(work)
-        if bool((received[:, 0] != received[0, 0]).any()):
+        mesh = received.reshape(-1, self.data, received.shape[1])
+        same = [mesh[..., 1] == mesh[0, 0, 1]]
+        if self.data > 1:
+            same += [mesh[..., 2] == mesh[:1, :, 2], mesh[..., 3] == mesh[:, :1, 3]]
+        if not all(bool(one.all()) for one in same):
             self._differ(text)
-        return received[:, 1]
+        return received[:, 0]
 
     def _compare_on_gpu(self, named: Mapping[str, Any]) -> None:
         """Compare the content of data on devices, and look at what the last comparison found.
@@ -287,15 +411,16 @@ class Link:
         Not at this one, for which the host would wait for the device.
         """
         if self._unread is not None and bool(self._unread):
-            self._watch.stop(f"ranks have seen different data before: {self._what}. {_ADVICE}")
+            self._watch.stop(f"ranks have seen different data before: {self._what}. {self._advice}")
         self._unread = None
-        sums = [_checksum(leaf) for leaf in pytree.tree_leaves(named) if _is_on_gpu(leaf)]
+        compared = [tree for name, tree in named.items() if name not in _OF_ROWS]
+        sums = [checksum(leaf) for leaf in pytree.tree_leaves(compared) if _is_on_gpu(leaf)]
         if sums:
             sent = torch.stack(sums)
             received = sent.new_empty(self.size * len(sums))
-            _all_gather(received, sent, self._on_gpu).wait()
-            rows = received.reshape(self.size, -1)
-            self._unread = (rows != rows[0]).any()
+            _all_gather(received, sent, self._all.on_gpu).wait()
+            mesh = received.reshape(-1, self.data, len(sums))
+            self._unread = (mesh != mesh[:1]).any()
 
     def _differ(self, described: str) -> None:
         """Say which rank does something else, or sees something else, than most."""
@@ -303,26 +428,22 @@ class Link:
             json.loads(text) if text else {"what": "(no answer)"}
             for text in self._watch.exchange("differs", described)
         ]
-        keys = [json.dumps(one, sort_keys=True) for one in found]
-        usual = Counter(keys).most_common(1)[0][0]
-        odd = [rank for rank, key in enumerate(keys) if key != usual]
-        usual = json.loads(usual)
-        said = []
-        for rank in odd:
-            other = found[rank]
-            if other["what"] != usual["what"]:
-                said.append(f"rank {rank} is at: {other['what']}, the others at: {usual['what']}")
-                continue
-            names = [name for name in usual if other.get(name) != usual[name]]
-            said.append(f"rank {rank} has other {' and '.join(names)} than the others")
+        said = differences(found, self._peers)
         self._watch.stop(
-            f"{'; '.join(said) or 'ranks differ'}, at: {found[self.rank]['what']}. {_ADVICE}"
+            f"{'; '.join(said) or 'ranks differ'}, at: {found[self.rank]['what']}. {self._advice}"
         )
+
+    @property
+    def _advice(self) -> str:
+        """What to do where ranks differ."""
+        if self.data == 1:
+            return _ADVICE
+        return _ADVICE_ON_SHARES.format(data=self.data)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`Gather` of a rank that owns a block of the particles.
+    """`Gather` of a rank that owns a block of the particles, and sees a share of the batch.
 
     Attributes:
         link: connection with the other ranks.
@@ -339,8 +460,18 @@ class Shard:
     @property
     def rows(self) -> slice:
         """The block of this rank."""
-        own = self.blocks[self.link.rank]
+        own = self.blocks[self.link.row]
         return slice(own.start, own.stop)
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the batch is split."""
+        return self.link.data
+
+    @property
+    def share(self) -> int:
+        """The share of this rank."""
+        return self.link.share
 
     @property
     def leads(self) -> bool:
@@ -359,6 +490,16 @@ class Shard:
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over ranks."""
         return self.link.total(parts)
+
+    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Means over the ranks with the same particles."""
+        return self.link.mean(parts)
+
+    def beside(self, local: Tensor, axis: int) -> Tensor:
+        """Tensors of the ranks with the same particles, side by side along an axis."""
+        shape = local.shape
+        received = self.link.shares(local.detach().contiguous().reshape(-1).view(torch.uint8))
+        return torch.cat([one.view(local.dtype).reshape(shape) for one in received], dim=axis)
 
     def first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, or the error that it meets."""
@@ -395,51 +536,27 @@ _ADVICE = (
     "All ranks must make the same calls with the same batches: shuffle from the same seed on all "
     "of them, and give every rank the whole data set"
 )
-
-
-def fingerprint(tree: Any) -> int:
-    """A number that is the same for equal trees of tensors, arrays and plain values.
-
-    Of tensors on other devices than the CPU, shape and dtype count.
-
-    Example:
-        >>> fingerprint((torch.ones(2), 3)) == fingerprint((torch.ones(2), 3))
-        True
-        >>> fingerprint(torch.ones(2)) == fingerprint(torch.zeros(2))
-        False
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    leaves, spec = pytree.tree_flatten(tree)
-    digest.update(str(spec).encode())
-    for leaf in leaves:
-        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            leaf = torch.as_tensor(np.ascontiguousarray(leaf))
-        if isinstance(leaf, Tensor):
-            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
-            if leaf.device.type == "cpu" and leaf.numel():
-                data = leaf.detach().contiguous().reshape(-1)
-                digest.update(data.view(torch.uint8).numpy().data)
-        else:
-            plain = isinstance(leaf, bool | int | float | str | bytes | None)
-            digest.update(f"{leaf!r};".encode() if plain else f"{type(leaf).__name__};".encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+_ADVICE_ON_SHARES = (
+    "All ranks must make the same calls: those that differ by a multiple of {data} with the same "
+    "batches, and all with as many batches of the same sizes as the others. "
+    "DistributedSampler(dataset, num_replicas={data}, rank=ranks.data_rank) cuts a data set so, "
+    "with DataLoader(..., drop_last=True) where the last batch is smaller"
+)
 
 
 def _is_on_gpu(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_cuda
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """A number that follows from a tensor's bytes and their order, computed where it lies."""
-    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
-    places = torch.arange(1, len(words) + 1, device=words.device)
-    return (words * places * 0x9E3779B97F4A7C1).sum()
-
-
 def _all_gather(received: Tensor, sent: Tensor, group: Any) -> Any:
     """``all_gather_single``, under the name that older versions of torch have for it."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(received.reshape(-1), sent.reshape(-1), group=group, async_op=True)
+
+
+def _all_reduce(tensor: Tensor, group: Any) -> Any:
+    """Sum over the ranks of a group, in place."""
+    return dist.all_reduce(tensor, group=group, async_op=True)
 
 
 def _encoded(value: Any) -> Tensor:
@@ -458,6 +575,9 @@ def step_bytes(
     num_sites: int,
     itemsize: int = 4,
     scores: bool = False,
+    data: int = 1,
+    num_values: int = 0,
+    of_batch: bool = True,
 ) -> int:
     r"""Bytes that every rank sends in a step that is not measured.
 
@@ -465,23 +585,45 @@ def step_bytes(
 
     for M particles, R ranks, P points of F features in numbers of b bytes and S sites: the
     representation; the log joint and whether all is finite, in double precision; and what is
-    compared. Headers of the network come on top. Parameters that particles share add
-    :math:`2 (R - 1) / R` times their size, a measured step five numbers per particle, and an epoch
-    and a checkpoint what `docs/scaling.md` says.
+    compared. With the batch in K shares, so that Q = R / K ranks divide the particles, it is
+
+    .. math:: (Q - 1) \lceil M / Q \rceil (P F b + 8 (3 + 2 S)) + (K - 1) M P F b
+        + 2 \frac{K - 1}{K} \lceil M / Q \rceil (V + 1) b + 32 (R - 1)
+
+    with V numbers per particle: the representations of a share go to its column and then, with
+    those of all particles, to the other shares; gradients, log density and buffers are averaged.
+
+    Headers of the network come on top. Parameters that particles share add :math:`2 (R - 1) / R`
+    times their size, a measured step five numbers per particle (and V more, to average the two
+    forces apart), and an epoch and a checkpoint what `docs/scaling.md` says.
 
     Args:
         num_particles: number of particles.
         num_ranks: number of ranks.
-        num_points: points of the representation (the batch, for input gradients), 0 for none.
+        num_points: points of the representation (the share of the batch that a rank sees, for input
+            gradients), 0 for none.
         num_features: features of a point (the input's size, for input gradients).
         num_sites: number of latent sites.
         itemsize: bytes of a number.
         scores: whether the transport sends scores, too (`SVGD`), as large as the representation.
+        data: number of shares of the batch.
+        num_values: values of a particle and floating-point numbers in its buffers; counts where
+            ``data`` is above 1.
+        of_batch: whether the representation is of the batch, as it is in all spaces but `Weights`
+            and those with other points.
 
     Example:
         >>> step_bytes(10, 2, 128, 3 * 32 * 32, num_sites=20)
         7866056
+        >>> step_bytes(10, 4, 64, 3 * 32 * 32, num_sites=20, data=2, num_values=80_000)
+        13398316
     """
-    block = -(-num_particles // num_ranks)
+    rows = num_ranks // data
+    block = -(-num_particles // rows)
     represented = num_points * num_features * itemsize * (2 if scores else 1)
-    return (num_ranks - 1) * (block * (represented + 8 * (3 + 2 * num_sites)) + 16)
+    along_particles = (rows - 1) * block * (represented + 8 * (3 + 2 * num_sites))
+    if data == 1:
+        return along_particles + 16 * (num_ranks - 1)
+    joined = (data - 1) * num_particles * represented if of_batch else 0
+    averaged = 2 * (data - 1) * block * (num_values + 1) * itemsize // data
+    return along_particles + joined + averaged + 32 * (num_ranks - 1)

@@ -6,6 +6,19 @@ With representation :math:`r` and the transport's velocity :math:`V` in its spac
     - \lambda \langle V, r \rangle
 
 by the particles, :math:`V` held fixed, is the negative velocity.
+
+Where a batch is split into :math:`S` shares of the same size, share :math:`s` with the log joint
+:math:`\log p_s` (on the scale of the full data) and the representation :math:`r^{(s)}` of its
+points, the batch has the log joint :math:`\frac1S \sum_s \log p_s`, the representation
+:math:`r = (r^{(1)}, \dots, r^{(S)})` and a velocity with the parts :math:`V^{(s)}`. The gradient is
+then the mean over shares of that of
+
+.. math:: -\sum_i \left(\frac1T \log p_s(D, \theta_i) + \log\lvert\det J\rvert_i\right)
+    - \lambda S \langle V^{(s)}, r^{(s)} \rangle,
+
+since :math:`\langle V, r \rangle` is a sum over shares and not a mean. Scores of the log likelihood
+by :math:`r^{(s)}` count :math:`1 / S` of what the share alone gives. A representation that is not
+of the batch is the same in all shares, and needs no factor.
 """
 
 import math
@@ -24,7 +37,16 @@ from pyro_fordes.finite import finite_particles, repel_finite
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.particles import Call, Draw, Evaluation, Gather, Values, ravel, unravel
+from pyro_fordes.particles import (
+    Call,
+    Draw,
+    Evaluation,
+    Gather,
+    OneProcess,
+    Values,
+    ravel,
+    unravel,
+)
 from pyro_fordes.spaces import ScoredSpace, Space, Weights
 from pyro_fordes.transports import Repulsion, Transport
 
@@ -156,6 +178,8 @@ def compute_forces(
     repels = [part.tensor for part in repelling]
     seen = None if repulsion is None else _seen(repulsion)
     finite = None if repulsion is None else repulsion.finite
+    if rule.gather.shares > 1:
+        evaluation, drives, repels = _of_batch(rule.gather, evaluation, drives, repels)
     if repulsive and isinstance(space, Weights):
         drives, repels, seen, finite = _in_weight_space(space, particles, drives, rule, measure)
     gradients = _sum(drives, repels, rule.num_data)
@@ -215,7 +239,10 @@ class Rounds:
 
 
 def evaluate_all(
-    rounds: Rounds, chunk_size: int | None, capture: Callable[[Call], Any] | None = None
+    rounds: Rounds,
+    chunk_size: int | None,
+    capture: Callable[[Call], Any] | None = None,
+    gather: Gather = OneProcess(),
 ) -> Evaluation:
     """The model at all particles without a graph, a chunk at a time.
 
@@ -223,6 +250,8 @@ def evaluate_all(
         rounds: the model and its particles.
         chunk_size: how many particles at a time; None for all.
         capture: function of a particle's `Call` that returns a tree of tensors.
+        gather: how processes are joined. The log density is that of the whole batch, what is
+            captured is of the share here.
     """
     parts = [
         rounds.log_joint.evaluate(
@@ -236,7 +265,8 @@ def evaluate_all(
         )
         for rows in rounds.chunks(chunk_size)
     ]
-    return _joined(parts, rounds.particles)
+    evaluation = _joined(parts, rounds.particles)
+    return replace(evaluation, log_density=gather.mean([evaluation.log_density])[0])
 
 
 class _Rows:
@@ -271,8 +301,11 @@ def _compare(rounds: Rounds, chunks: list[slice], rule: Rule) -> tuple[Repulsion
             representations.append(space.represent(evaluation))
         if rule.transport.uses_scores:
             scores.append(cast("ScoredSpace", space).scores(evaluation).detach())
-    everyone = rule.gather(torch.cat([r.detach() for r in representations]))
-    gathered = rule.gather(torch.cat(scores) / rule.temperature) if scores else None
+    everyone = _at_all_points(rule.gather, space, torch.cat([r.detach() for r in representations]))
+    gathered = None
+    if scores:
+        scale = rule.temperature * rule.gather.shares  # scores are known on the batch only
+        gathered = _at_all_points(rule.gather, space, torch.cat(scores) / scale)
     repulsion = repel_finite(
         rule.transport,
         rule.kernel,
@@ -283,7 +316,52 @@ def _compare(rounds: Rounds, chunks: list[slice], rule: Rule) -> tuple[Repulsion
         scores=gathered,
         static=rule.static,
     )
+    repulsion = _of_share(repulsion, rule.gather, space)
     return repulsion, replace(evaluation, representation=representations[-1])
+
+
+def _at_all_points(gather: Gather, space: Space, local: Tensor) -> Tensor:
+    """What all particles have at the points of all shares of a batch.
+
+    Args:
+        gather: how the processes are joined.
+        space: whose representation it is.
+        local: of the particles and points here, ``(particle, point, feature)``.
+    """
+    everyone = gather(local)
+    if gather.shares == 1 or space.share_axis is None:
+        return everyone
+    return gather.beside(everyone, space.share_axis)
+
+
+def _of_share(repulsion: Repulsion, gather: Gather, space: Space) -> Repulsion:
+    """What a transport says of the points here, on a scale for the mean over shares."""
+    if gather.shares == 1 or space.share_axis is None:
+        return repulsion
+    axis = space.share_axis
+
+    def own(part: Tensor) -> Tensor:
+        return gather.shares * part.chunk(gather.shares, axis)[gather.share]
+
+    driving = None if repulsion.driving is None else own(repulsion.driving)
+    return replace(repulsion, velocity=own(repulsion.velocity), driving=driving)
+
+
+def _of_batch(
+    gather: Gather, evaluation: Evaluation, drives: list[Tensor], repels: list[Tensor]
+) -> tuple[Evaluation, list[Tensor], list[Tensor]]:
+    """Log density, gradients and buffers of a batch from those of its shares.
+
+    Buffers such as BatchNorm's running statistics are averaged, so that the processes with the same
+    particles keep the same.
+    """
+    averaged = [name for name, one in evaluation.buffers.items() if one.is_floating_point()]
+    buffers = [evaluation.buffers[name] for name in averaged]
+    log_density, *means = gather.mean([evaluation.log_density, *drives, *repels, *buffers])
+    first, second = len(drives), len(drives) + len(repels)
+    kept = {**evaluation.buffers, **dict(zip(averaged, means[second:], strict=True))}
+    evaluation = replace(evaluation, log_density=log_density, buffers=kept)
+    return evaluation, means[:first], means[first:second]
 
 
 def _potentials(
@@ -399,7 +477,8 @@ def evaluate_in(
             submodules=space.submodules,
             buffers=buffers,
             template=template,
-            draws=log_joint.streams(draw, args, kwargs, first),
+            # The points are the same for all shares of the batch, and so are masks.
+            draws=log_joint.streams(replace(draw, share=0), args, kwargs, first),
         )
     return replace(evaluation, captured=captured)
 
@@ -418,35 +497,40 @@ def _own_prior(
 
 
 def represent_all(
-    rounds: Rounds, chunk_size: int | None
+    rounds: Rounds, chunk_size: int | None, gather: Gather = OneProcess()
 ) -> Float[Tensor, "particle point feature"]:
     """The representation of all particles, detached.
 
     Args:
         rounds: the model, its particles and the space.
         chunk_size: how many particles at a time; None for all.
+        gather: how processes are joined.
     """
     space, parts = cast("Space", rounds.space), []
     for rows in rounds.chunks(chunk_size):
         evaluation = rounds.evaluate(rows, graph=False)  # nothing leads back to the particles
         with torch.no_grad():
             parts.append(space.represent(evaluation).detach())
-    return torch.cat(parts)
+    return _at_all_points(gather, space, torch.cat(parts))
 
 
-def compute_scores(rounds: Rounds, chunk_size: int | None) -> dict[str, Tensor]:
+def compute_scores(
+    rounds: Rounds, chunk_size: int | None, gather: Gather = OneProcess()
+) -> dict[str, Tensor]:
     """Gradient of the log joint by each site's unconstrained values, ``(particle, *shape)``.
 
     Args:
         rounds: the model and its particles.
         chunk_size: how many particles at a time; None for all.
+        gather: how processes are joined.
     """
     scores = [_Rows(value) for value in rounds.particles.values()]
     for rows in rounds.chunks(chunk_size):
         evaluation = rounds.evaluate(rows)
         leaves = list(evaluation.values.values())
         _put(scores, rows, _gradients(evaluation.log_joint.sum(), leaves, retain=False))
-    return {name: score.tensor for name, score in zip(rounds.particles, scores, strict=True)}
+    means = gather.mean([score.tensor for score in scores])
+    return dict(zip(rounds.particles, means, strict=True))
 
 
 def _in_weight_space(

@@ -94,6 +94,11 @@ class Outputs:
         """Whether the gradient of the log likelihood by the representation is known."""
         return self.output is None and self.points is None
 
+    @property
+    def share_axis(self) -> int | None:
+        """Along which axis the shares of a batch are joined."""
+        return _share_axis(self.points, self.group)
+
     def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
         """Any arguments will do."""
 
@@ -196,6 +201,11 @@ class Features:
         """False: the likelihood is not known as a function of features."""
         return False
 
+    @property
+    def share_axis(self) -> int | None:
+        """Along which axis the shares of a batch are joined."""
+        return _share_axis(self.points, self.group)
+
     def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
         """Any arguments will do."""
 
@@ -250,6 +260,13 @@ def _arguments(points: Points | None) -> tuple[tuple[Any, ...], dict[str, Any]] 
     if isinstance(given, Mapping):
         return (), dict(given)
     return (given if isinstance(given, tuple) else (given,)), {}
+
+
+def _share_axis(points: Points | None, group: str) -> int | None:
+    """That of the points or, of one joint point, of the features; None for points of their own."""
+    if points is not None:
+        return None
+    return 2 if group == "joint" else 1
 
 
 def _rows(name: str, value: Any) -> Float[Tensor, "point feature"]:

@@ -32,11 +32,11 @@ from pyro_fordes.checkpoint import write
 from pyro_fordes.compiled import CompiledForces
 from pyro_fordes.faults import Faults
 from pyro_fordes.forces import Forces, Rounds, compute_scores, draw_for, evaluate_all, represent_all
-from pyro_fordes.initial import initial_particles, share_parameters
+from pyro_fordes.initial import check_shares, initial_particles, share_parameters
 from pyro_fordes.input_gradients import InputGradients
 from pyro_fordes.kernels import RBF, Kernel
 from pyro_fordes.log_joint import LogJoint
-from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps
+from pyro_fordes.loops import Callback, Position, fit_epochs, run_steps, size_of
 from pyro_fordes.optimizers import Optim, stepper
 from pyro_fordes.options import check_options
 from pyro_fordes.particles import (
@@ -210,8 +210,9 @@ class ParticleInference:
         self._seed = seed
         self._random = RandomStream(seed)
         self._compiled = CompiledForces() if compile else None
+        autocast = check_autocast(autocast)
         self._log_joint = LogJoint(
-            model, vectorize, max_plate_nesting, randomness, check_autocast(autocast)
+            model, vectorize, max_plate_nesting, randomness, autocast, self._gather.share
         )
         self._space = kernel.space
         self._particles: dict[str, Tensor] = {}
@@ -252,6 +253,7 @@ class ParticleInference:
             space = self._prepare(space, args, kwargs, scores=self.transport.uses_scores)
         prototype = self._log_joint.prototype(args, kwargs)
         latents = prototype.latents
+        check_shares(prototype, space if self.transport.repulsive else None, self._gather)
         share_parameters(self._log_joint, prototype, self._gather)
         if self._loaded is not None:
             try:
@@ -338,7 +340,7 @@ class ParticleInference:
         self, args: tuple, kwargs: Mapping[str, Any], capture: Callable[[Call], Any] | None = None
     ) -> Evaluation:
         """The model at all particles, without a graph."""
-        return evaluate_all(self._rounds(args, kwargs), self.chunk_size, capture)
+        return evaluate_all(self._rounds(args, kwargs), self.chunk_size, capture, self._gather)
 
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -424,7 +426,7 @@ class ParticleInference:
                 cannot be written to, or if the last checkpoint cannot be written. One on the way
                 that cannot be written is a warning, and the run goes on.
         """
-        with self._gather.together("fit"):
+        with self._gather.together("fit", lambda: size_of(loader)):
             return fit_epochs(
                 self, loader, num_epochs, progress_bar, callback, checkpoint, checkpoint_every, keep
             )
@@ -445,7 +447,7 @@ class ParticleInference:
     def _state(self, join: Callable[[Tensor], Any] | None = None) -> dict[str, Any]:
         """What `state_dict` copies, at the first process only unless it is joined otherwise."""
         self._started()
-        with self._gather.together("state"):
+        with self._gather.together("state", lambda: {"particles": self._particles}):
             return self._loaded or state_of(self, join or self._gather.collect)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -659,7 +661,7 @@ class ParticleInference:
         """
         self.setup(*args, **kwargs)
         with preserved_rng(self._gather.first):
-            return compute_scores(self._rounds(args, kwargs), self.chunk_size)
+            return compute_scores(self._rounds(args, kwargs), self.chunk_size, self._gather)
 
     @torch.enable_grad()
     def representation(
@@ -690,7 +692,7 @@ class ParticleInference:
             space = self._prepare(space, args, kwargs)
         with preserved_rng(self._gather.first):
             rounds = self._rounds(args, kwargs, space)
-            return self._gather(represent_all(rounds, self.chunk_size))
+            return represent_all(rounds, self.chunk_size, self._gather)
 
     def prototype(self, *args: Any, **kwargs: Any) -> Prototype:
         """The model's prototype run for these arguments: its trace, plates and latent sites."""

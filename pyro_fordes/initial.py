@@ -1,17 +1,66 @@
 """Where particles start."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_fordes._checks import ModelError
+from pyro_fordes._checks import ArgumentError, ModelError
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.bnn import FromNetwork, take_buffers
 from pyro_fordes.log_joint import LogJoint
 from pyro_fordes.particles import Gather, OneProcess
 from pyro_fordes.prototype import Prototype, named_buffers
+from pyro_fordes.sites import observed_sites
+
+
+def check_shares(prototype: Prototype, space: Any, gather: Gather) -> None:
+    """Refuse models and spaces for which shares of a batch do not add up to the batch.
+
+    The log joint of a batch is the mean of those of its shares if each scales its likelihood up to
+    all data, and if no sum over a discrete site is of several shares.
+
+    Args:
+        prototype: the model's prototype run.
+        space: where particles are compared; None for nowhere.
+        gather: how processes are joined.
+
+    Raises:
+        ArgumentError: if something is not exact.
+    """
+    shares, nodes = gather.shares, prototype.trace.nodes
+    if shares == 1:
+        return
+    if space is not None and not hasattr(space, "share_axis"):
+        raise ArgumentError(
+            f"{type(space).__name__} does not say how representations of shares of a batch are "
+            f"joined, which Ranks(data={shares}) needs; give it an attribute share_axis (1 where "
+            f"points are compared one by one, 2 for one long point, None for what does not depend "
+            f"on the batch)"
+        )
+    summed = [name for name in prototype.enumerated if _rows_behind(nodes[name]) < shares]
+    observed = {name: _scale(nodes[name]) for name in observed_sites(prototype.trace)}
+    if summed or (observed and max(observed.values()) < shares):
+        what = f"discrete sites {summed} are" if summed else f"observed sites {list(observed)} are"
+        raise ArgumentError(
+            f"with Ranks(data={shares}) every process sees one of {shares} shares of a batch, "
+            f"but the {what} not in a plate that scales a share up to all data; write "
+            f"pyro.plate(name, number of all rows, subsample_size=len(x))"
+        )
+
+
+def _rows_behind(site: Any) -> float:
+    """How many rows of all data stand behind each row of a site, by its plates."""
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    return prod((frame.full_size or frame.size) / frame.size for frame in frames)
+
+
+def _scale(site: Any) -> float:
+    """The same for an observed site, which ``poutine.scale`` may have scaled instead."""
+    scale = site["scale"]
+    return max(_rows_behind(site), float(scale.max() if isinstance(scale, Tensor) else scale))
 
 
 def share_parameters(log_joint: LogJoint, prototype: Prototype, gather: Gather) -> None:
@@ -89,4 +138,7 @@ def initial_particles(
             "init_loc_fn that draws, such as init_to_sample or init_to_uniform"
         )
     own = {name: buffer[gather.rows].clone() for name, buffer in buffers.items()}
+    if gather.shares > 1:  # a prior or an init_loc_fn may read the batch
+        with gather.together("the start", lambda: {"particles": {**particles, **own}}):
+            pass
     return {name: value.requires_grad_() for name, value in particles.items()}, own

@@ -60,7 +60,8 @@ class InputGradients:
             ``False``.
         eps: :math:`\epsilon`, in units of the gradient.
         points: at how many points of a batch particles are compared, a number or (as a float) a
-            share of the batch, at least one; drawn at random in each step. None for all.
+            share of the batch, at least one; drawn at random in each step. None for all. Where the
+            batch is split over processes, so many of each share.
 
     Raises:
         ArgumentError: if an argument is of the wrong kind or, when the driver starts, does not fit
@@ -82,6 +83,7 @@ class InputGradients:
     submodules: tuple[str, ...] = ()
     own_values: bool = False
     has_scores: bool = False
+    share_axis: int = 1
 
     def __post_init__(self) -> None:
         """Check the arguments that do not depend on a model."""

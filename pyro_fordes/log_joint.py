@@ -89,6 +89,7 @@ class LogJoint:
             the model draws some beside its sites (dropout).
         autocast: type in which matrix products and convolutions of the model are computed, None
             for that of the tensors.
+        share: which share of the batch the model sees, where it is split over processes.
 
     Example:
         >>> import pyro.distributions as dist
@@ -108,8 +109,10 @@ class LogJoint:
         max_plate_nesting: int | None = None,
         randomness: str = "different",
         autocast: torch.dtype | None = None,
+        share: int = 0,
     ) -> None:
         self.model = model
+        self.share = share
         self.autocast = autocast
         self.randomness = randomness
         self.vectorize = vectorize
@@ -242,15 +245,17 @@ class LogJoint:
         """Random streams of particles from index ``first`` on; None if the model draws nothing."""
         if not self.prototype(args, kwargs).draws:
             return None
-        return Draws(draw.seed, first, self.randomness == "same", draw.seeds)
+        # As one batch draws a mask for each of its rows, so do its shares.
+        seed = mixed(draw.seed, -2 - draw.share) if draw.share else draw.seed
+        return Draws(seed, first, self.randomness == "same", draw.seeds)
 
     def draw(self, args: tuple, kwargs: Mapping[str, Any]) -> Draw:
         """Minibatches of the subsampled plates and a seed, from the global generator."""
         subsamples = {
-            name: Subsample(_draw(size, count, device), size)
+            name: Subsample(_draw(size, count, device, self.share), size)
             for name, (size, count, device) in self.prototype(args, kwargs).plates.items()
         }
-        return Draw(subsamples, int(torch.randint(2**62, ())))
+        return Draw(subsamples, int(torch.randint(2**62, ())), share=self.share)
 
     def with_rows(
         self,
@@ -657,9 +662,12 @@ def _parameter(name: str, value: Any, own: Mapping[str, Tensor]) -> Tensor:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def _draw(size: int, count: int, device: Any) -> Tensor:
-    """Indices of a minibatch without replacement, as ``pyro.plate`` draws them."""
-    return torch.randperm(size, device=device)[:count]
+def _draw(size: int, count: int, device: Any, share: int = 0) -> Tensor:
+    """Indices of a minibatch without replacement, as ``pyro.plate`` draws them.
+
+    Those of several shares are parts of one larger minibatch.
+    """
+    return torch.randperm(size, device=device).roll(-share * count)[:count]
 
 
 def _constrain(

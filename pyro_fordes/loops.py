@@ -275,6 +275,7 @@ def _epoch(
     interruptions: Interruptions,
 ) -> bool:
     """The rest of an epoch; returns whether the callback asked to stop."""
+    _begin_epoch(loader, position.epoch)
     for batch in _batches(inference, loader, position):
         args, kwargs = arguments(batch)
         loss = inference._update(args, kwargs)
@@ -293,6 +294,8 @@ def _epoch(
                 interruptions.end()
         if stop:
             return True
+    with inference._gather.together(f"the end of an epoch after {position.batch} batches"):
+        pass  # a process with more batches is at its next step, and is told so
     if position.batch == 0:
         raise ArgumentError(
             "the loader gave no batch; is the data set empty, or drop_last=True with "
@@ -302,6 +305,14 @@ def _epoch(
     inference._stepper.end_epoch(float(position.losses.all()[-position.batch :].nanmean()))
     position.epoch, position.batch, position.epoch_random = position.epoch + 1, 0, None
     return False
+
+
+def _begin_epoch(loader: Any, epoch: int) -> None:
+    """Let samplers that shuffle by the number of the epoch (``DistributedSampler``) know it."""
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
 
 def _batches(inference: Any, loader: Iterable[Any], position: Position) -> Iterable[Any]:
@@ -382,6 +393,19 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
             numbers["force_ratio"] = f"{inference.diagnostics()['force_ratio']:.2g}"
         bar.set_postfix(numbers)
     return callback is not None and callback(inference, step, loss.item()) is True
+
+
+def size_of(loader: Any) -> dict[str, Any]:
+    """How many batches an epoch has, by a name for messages; nothing where that is not known.
+
+    Example:
+        >>> size_of([1, 2])
+        {'number of batches per epoch': 2}
+    """
+    try:
+        return {"number of batches per epoch": len(loader)}
+    except TypeError:  # no length, or no loader at all, which `fit` refuses itself
+        return {}
 
 
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:

@@ -5,7 +5,7 @@ Axes, always in this order: ``particle, point, feature`` for representations and
 particles are spread over several.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -148,7 +148,8 @@ class Gather(Protocol):
     """How a process that owns some particles works together with those that own the others.
 
     One process owns all particles (`OneProcess`); ``distributed.Ranks`` spreads them over several.
-    All methods but `rows` are called by all processes alike, in the same order.
+    Where the batch is split into shares, several processes own the same particles. All methods but
+    `rows` are called by all processes alike, in the same order.
     """
 
     def split(self, num_particles: int) -> "Gather":
@@ -165,6 +166,16 @@ class Gather(Protocol):
         """Whether this process is the first, which writes files."""
         ...
 
+    @property
+    def shares(self) -> int:
+        """Into how many shares of the same size the batch is split."""
+        ...
+
+    @property
+    def share(self) -> int:
+        """Which of them is here."""
+        ...
+
     def __call__(self, local: Tensor) -> Tensor:
         """Tensor of all particles from that of the particles here (first axis), detached."""
         ...
@@ -175,6 +186,14 @@ class Gather(Protocol):
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over processes of tensors that all of them have."""
+        ...
+
+    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Means over the shares of the batch of tensors of the particles here, detached."""
+        ...
+
+    def beside(self, local: Tensor, axis: int) -> Tensor:
+        """Tensors of the shares of the batch, side by side along an axis, detached."""
         ...
 
     def first(self, make: Callable[[], Any]) -> Any:
@@ -194,7 +213,9 @@ class Gather(Protocol):
         """A context for work that all processes do at the same time.
 
         If it fails in one of them, the others fail as well. They also do if ``content``, trees of
-        tensors and plain values by name, is not the same in all of them.
+        tensors and plain values by name, is not the same in all of them. Of ``"data"`` and
+        ``"arguments"`` processes with other shares of the batch need have the same shapes only;
+        ``"particles"`` are compared by those that own the same.
         """
         ...
 
@@ -222,6 +243,16 @@ class OneProcess:
         """True."""
         return True
 
+    @property
+    def shares(self) -> int:
+        """One: the batch is whole."""
+        return 1
+
+    @property
+    def share(self) -> int:
+        """The only one."""
+        return 0
+
     def __call__(self, local: Tensor) -> Tensor:
         """Return the tensor itself, detached."""
         return local.detach()
@@ -233,6 +264,14 @@ class OneProcess:
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors themselves."""
         return dict(parts)
+
+    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors themselves, detached."""
+        return [part.detach() for part in parts]
+
+    def beside(self, local: Tensor, axis: int) -> Tensor:
+        """Return the tensor itself, detached."""
+        return local.detach()
 
     def first(self, make: Callable[[], Any]) -> Any:
         """Return what is made."""
@@ -363,12 +402,15 @@ class Draw:
         seed: what the particles' own random numbers (dropout masks) follow from.
         seeds: seeds of the particles in place of those that follow from it, while a step is traced.
         rows: the rows of the batch at which particles are compared; None for all.
+        share: which share of the batch is here, the one thing that differs between processes:
+            particles draw other masks in each.
     """
 
     subsamples: Mapping[str, Subsample]
     seed: int
     seeds: Int[Tensor, " particle"] | None = None
     rows: Int[Tensor, " row"] | None = None
+    share: int = 0
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,15 @@ class Space(Protocol):
         """Whether the gradient of the log likelihood (or log joint) by it is known, for `SVGD`."""
         ...
 
+    @property
+    def share_axis(self) -> int | None:
+        """Axis of the representation along which those of several shares of a batch are joined.
+
+        1 where points are compared one by one, 2 where they make one long point; None where the
+        representation does not depend on the batch.
+        """
+        ...
+
     def check(self, locate: Callable[[int | str], tuple[str, Any]]) -> None:
         """Raise an `ArgumentError` if the model's arguments do not fit, before the model runs.
 
@@ -107,6 +116,7 @@ class Weights:
     submodules: tuple[str, ...] = ()
     own_values: bool = True
     has_scores: bool = True
+    share_axis: None = None
 
     def __post_init__(self) -> None:
         """Refuse a bare string, which would be read letter by letter, and unknown groups."""

@@ -76,8 +76,8 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
             forces = forces_of(inference, args, kwargs, measure)
     except NumericalError as error:
         # The model cannot even be run: NaN in a batch of a new shape, or outside a support.
-        if faults.policy == "raise":
-            raise
+        if faults.policy == "raise" or inference._gather.shares > 1:
+            raise  # others may have had no trouble with their share, and would wait for this one
         faults.refused(error, inference._step)
         like_one = next(iter(inference._particles.values()))
         return like_one.new_full((), math.nan)
@@ -293,6 +293,6 @@ def forces_of(inference: Any, args: tuple, kwargs: Mapping[str, Any], measure: b
         chunk_size=inference.chunk_size,
     )
     gather = inference._gather
-    share = count_of(gather.rows, inference.num_particles) / inference.num_particles
+    share = count_of(gather.rows, inference.num_particles) / inference.num_particles / gather.shares
     means = {name: share * one for name, one in forces.shared_gradients.items()}
     return replace(forces, shared_gradients=gather.total(means))

@@ -122,6 +122,7 @@ def model(dropout=0.0, batch_norm=False, shared=False):
 def cases():
     """Inferences to compare, by name: arguments, and arguments of the model."""
     import pyro
+    import torch
 
     from pyro_fordes import (
         RBF,
@@ -129,6 +130,7 @@ def cases():
         WGD,
         Ensemble,
         Features,
+        Fixed,
         InputGradients,
         Langevin,
         Outputs,
@@ -136,6 +138,7 @@ def cases():
     )
 
     gradients = InputGradients("x", output="logits")
+    elsewhere = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
     return {
         "ensemble": ({"transport": Ensemble()}, {}),
         "wgd weights": ({"kernel": RBF(Weights())}, {}),
@@ -156,12 +159,18 @@ def cases():
             {"kernel": RBF(gradients), "repulsion_every": 2, "clip_norm": 1.0},
             {"dropout": 0.3, "batch_norm": True},
         ),
+        "batch norm": ({"kernel": RBF(Weights())}, {"batch_norm": True}),
         "svgd weights": ({"kernel": RBF(Weights()), "transport": SVGD()}, {}),
         "svgd coordinates": (
             {"kernel": RBF(Weights(group="coordinate")), "transport": SVGD()},
             {"shared": True},
         ),
         "svgd outputs": ({"kernel": RBF(Outputs()), "transport": SVGD()}, {}),
+        "svgd outputs by point": (
+            {"kernel": RBF(Outputs(group="point"), Fixed(0.5)), "transport": SVGD()},
+            {},
+        ),
+        "wgd outputs elsewhere": ({"kernel": RBF(Outputs(points=(elsewhere,)), Fixed(0.5))}, {}),
         "wgd features": ({"kernel": RBF(Features("net.0"))}, {}),
         "shared": ({"kernel": RBF(Weights())}, {"shared": True}),
         "langevin": (
@@ -174,7 +183,27 @@ def cases():
     }
 
 
-def compare(out, num_steps=20, num_particles=7, only=None):
+def share_of(ranks, *tensors):
+    """The rows of a batch that a rank sees."""
+    return [tensor.chunk(ranks.data)[ranks.data_rank] for tensor in tensors]
+
+
+def check_rows(inference, ranks):
+    """Ranks with the same particles have the same values, buffers and optimiser states."""
+    import torch.distributed as dist
+
+    from pyro_fordes.agreement import fingerprint
+
+    stepper = inference._stepper.state_dict({**inference._particles, **inference._shared})
+    own = fingerprint((inference._particles, inference._buffers, stepper, inference._step))
+    found = [None] * ranks.size
+    dist.all_gather_object(found, own)
+    rows = [found[first : first + ranks.data] for first in range(0, ranks.size, ranks.data)]
+    assert [len(set(row)) for row in rows] == [1] * len(rows), rows
+    assert len(set(found)) == len(rows)
+
+
+def compare(out, num_steps=20, num_particles=7, only=None, data_ranks=1):
     """Take steps in every case, and note everything that comes out."""
     import pyro
     import torch
@@ -182,9 +211,10 @@ def compare(out, num_steps=20, num_particles=7, only=None):
     from pyro_fordes import ParticleInference, ParticlePredictive
     from pyro_fordes.distributed import Ranks
 
-    ranks = Ranks()
+    ranks = Ranks(data=data_ranks)
     found = {}
-    x, y = data()
+    whole = data()[0]
+    x, y = share_of(ranks, *data())
     for name, (arguments, options) in cases().items():
         if only is not None and name not in only:
             continue
@@ -198,19 +228,22 @@ def compare(out, num_steps=20, num_particles=7, only=None):
         }
         inference = ParticleInference(model(**options), num_particles=num_particles, **arguments)
         losses = inference.run(num_steps, x, y, progress_bar=False)
+        if data_ranks > 1:
+            check_rows(inference, ranks)
         torch.manual_seed(5)
         predict = ParticlePredictive(inference)
         found[name] = {
             "losses": losses,
             **{f"sample {k}": v for k, v in inference.get_samples(gather=True).items()},
             **{f"diagnostics {k}": torch.as_tensor(v) for k, v in inference.diagnostics().items()},
-            **{f"mean {k}": v for k, v in predict.mean(x).items()},
-            **{f"draw {k}": v.double() for k, v in predict(x).items()},
+            **{f"mean {k}": v for k, v in predict.mean(whole).items()},
+            **{f"draw {k}": v.double() for k, v in predict(whole).items()},
             **{f"likelihood {k}": v for k, v in inference.log_likelihood(x, y).items()},
             **{
                 f"summary {site.name}": torch.tensor([site.mean, site.sd, site.low, site.high])
                 for site in inference.summary().sites
             },
+            **{f"score {k}": inference._gather(v) for k, v in inference.scores(x, y).items()},
             "log_joint": inference.log_joint(x, y),
             "representation": inference.representation(x, y),
             "loss": torch.tensor(inference.evaluate_loss(x, y)),
@@ -299,7 +332,90 @@ def train(
         torch.save({"losses": losses, **samples, "state": state}, out)
 
 
-def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False):
+def example(out, *, arguments):
+    """Run the example as its command does."""
+    import runpy
+
+    sys.argv = ["distributed.py", *arguments, "--out", out]
+    runpy.run_path(str(ROOT / "examples" / "distributed.py"), run_name="__main__")
+
+
+class Batches:
+    """A loader without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def train_shares(out, epochs=3, data_ranks=1, checkpoint=None, odd=None, nan="raise"):
+    """Fit on shares of shuffled batches of four; ``odd`` says what is wrong with the last rank."""
+    import pyro
+    import torch
+    from pyro.infer.autoguide.initialization import init_to_sample
+    from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+
+    from pyro_fordes import RBF, InputGradients, NumericalError, ParticleInference
+    from pyro_fordes.distributed import Ranks
+
+    ranks = Ranks(timedelta(seconds=20), timedelta(seconds=10), data=data_ranks)
+    wrong = odd is not None and ranks.rank == ranks.size - 1
+    x, y = data()
+    if wrong and odd == "data":
+        x = x + 1
+    dataset = TensorDataset(x, y)
+    sampler = DistributedSampler(dataset, data_ranks, ranks.data_rank)
+    if wrong and odd == "sampler":
+        sampler = DistributedSampler(Subset(dataset, range(8)), data_ranks, ranks.data_rank)
+    loader = DataLoader(dataset, 4 // data_ranks, sampler=sampler)
+    if odd in ("end", "shapes", "nan"):
+        batches = list(loader)
+        if wrong and odd == "end":
+            batches.pop()
+        if wrong and odd == "shapes":
+            batches[1] = [part[:1] for part in batches[1]]
+        if ranks.data_rank and odd == "nan":
+            batches[1] = [batches[1][0] * torch.nan, batches[1][1]]
+        loader = Batches(batches)
+
+    def init(site):
+        return init_to_sample(site) + (wrong and odd == "start")
+
+    inference = ParticleInference(
+        model(),
+        pyro.optim.Adam({"lr": 0.05}),
+        5,
+        kernel=RBF(InputGradients("x", output="logits")),
+        init_loc_fn=init,
+        nan=nan,
+        diagnostics_every=2,
+        seed=3,
+        gather=ranks,
+    )
+    after = {}
+
+    def callback(inference, step, loss):
+        after[step] = inference.get_samples(gather=True)
+
+    options = {"progress_bar": False, "callback": callback, "checkpoint": checkpoint}
+    try:
+        losses = inference.fit(loader, epochs, **options)
+    except NumericalError as error:
+        for name, value in inference.get_samples(gather=True).items():
+            assert value.equal(after[0][name])  # as it was before the second step
+        print(type(error).__name__, error)
+        losses = inference.run(2, *share_of(ranks, *data()), progress_bar=False)
+    if data_ranks > 1:
+        check_rows(inference, ranks)
+    samples = inference.get_samples(gather=True)
+    faults = inference.diagnostics()["faults"]
+    if ranks.rank == 0:
+        torch.save({"losses": losses, "faults": faults, **samples}, out)
+
+
+def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False, data_ranks=1):
     """What a step sends: payload of the messages, and all that the process wrote."""
     import pyro
     import pyro.distributions as dist
@@ -309,20 +425,26 @@ def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False
 
     def model(x, y):
         weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x) * data_ranks, subsample_size=len(x)):
             pyro.sample("y", dist.Normal((x @ weight).tanh(), 1.0), obs=y)
 
-    payload, sent = [0], distributed._all_gather
+    payload, sent, summed = [0], distributed._all_gather, distributed._all_reduce
 
     def counted(received, block, group):
         payload[0] += (received.numel() - block.numel()) * block.element_size()
         return sent(received, block, group)
 
+    def counted_sum(tensor, group):
+        """In a ring every rank sends what it has got so far, piece by piece, and then the sums."""
+        size = torch.distributed.get_world_size(group)
+        payload[0] += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
+        return summed(tensor, group)
+
     def written():
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(dict(line.split(": ") for line in lines)["wchar"])
 
-    distributed._all_gather = counted
+    distributed._all_gather, distributed._all_reduce = counted, counted_sum
     x, y = torch.randn(num_points, num_features, generator=torch.Generator().manual_seed(0)), None
     y = torch.zeros(num_points)
     kind = (
@@ -335,7 +457,7 @@ def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False
         pyro.optim.Adam({"lr": 0.1}),
         num_particles,
         seed=0,
-        gather=distributed.Ranks(),
+        gather=distributed.Ranks(data=data_ranks),
         **kind,
     )
     inference.run(2, x, y, progress_bar=False)

@@ -96,9 +96,10 @@ ALLOWED = {
     "compiled": {"_random", "particles", "forces", "log_joint"},
     "checkpoint": {"_checks"},
     "watch": {"_checks"},
-    "distributed": {"_checks", "particles", "watch"},
+    "agreement": set(),
+    "distributed": {"_checks", "agreement", "particles", "watch"},
     "loops": {"_checks", "_random", "checkpoint", "particles"},
-    "initial": {"_checks", "_random", "bnn", "particles", "prototype", "log_joint"},
+    "initial": {"_checks", "_random", "bnn", "particles", "prototype", "log_joint", "sites"},
     "state": {
         "_checks",
         "_random",
