@@ -209,6 +209,19 @@ class ParticlePredictive:
             )
         return {name: _split_entropy(log_probs) for name, log_probs in found.items()}
 
+    def captured(self, capture: Callable[[Call], Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function keeps of each particle's run, such as a distribution's parameters.
+
+        Args:
+            capture: function of a run's ``trace`` that returns a tree of tensors.
+            *args: arguments of the model; observations may be left out.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The tree, with a leading particle axis.
+        """
+        return self._map(capture, args, kwargs)
+
     def predict(self, loader: Iterable[Any], *, progress_bar: bool = True) -> dict[str, Tensor]:
         """Predictive means of a whole data set, one batch at a time.
 

@@ -66,7 +66,15 @@ ALLOWED = {
     "tables": {"_checks", "estimates"},
     "resampling": set(),
     "estimates": {"_checks", "metrics", "resampling"},
-    "point_scores": {"_checks", "loops", "metrics", "prediction", "prototype", "sites"},
+    "point_scores": {
+        "_checks",
+        "loops",
+        "metrics",
+        "particles",
+        "prediction",
+        "prototype",
+        "sites",
+    },
     "evaluation": {
         "_checks",
         "_random",
