@@ -14,6 +14,7 @@ from pyro_fordes._random import preserved_rng
 from pyro_fordes.arviz_groups import DATA, GROUPS, Exporter, Request, SameMinibatch
 from pyro_fordes.labels import Labels, Variable
 from pyro_fordes.prediction import eval_mode
+from pyro_fordes.state import sample_shapes
 
 
 def to_arviz(
@@ -157,8 +158,10 @@ def _checked_chains(inference: Any, trajectory: bool) -> list[Any]:
             f"to_arviz(trajectory=True) makes a chain of each particle of one inference, got "
             f"{len(chains)} inferences"
         )
+    for chain in chains:
+        chain._started()
     shapes = [
-        {name: tuple(value.shape) for name, value in chain.get_samples().items()}
+        {name: (chain.num_particles, *shape) for name, shape in sample_shapes(chain).items()}
         for chain in chains
     ]
     for index, shape in enumerate(shapes):

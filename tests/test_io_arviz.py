@@ -24,6 +24,8 @@ from pyro_fordes import (
     bayesianize,
     to_arviz,
 )
+from pyro_fordes.log_joint import LogJoint
+from pyro_fordes.particles import OneProcess
 from tests.models import Classifier
 
 NUM_DATA = 30
@@ -468,6 +470,49 @@ def test_trajectory_keeps_its_limit():
     with pytest.warns(UserWarning, match="left out the sites 'large'"):
         to_arviz(inference, X, Y, trajectory=True)
     assert Trajectory(every=10, limit=2).limit == 2
+
+
+def test_only_the_sites_that_are_asked_for_are_gathered(trained, monkeypatch):
+    """Under torchrun each would travel, at every record."""
+    gathered, constrained = [], []
+    call, constrain = OneProcess.__call__, LogJoint.constrain
+
+    def counting(self, values, latents):
+        constrained.extend(values)
+        return constrain(self, values, latents)
+
+    def gathering(self, local):
+        gathered.append(tuple(local.shape))
+        return call(self, local)
+
+    monkeypatch.setattr(LogJoint, "constrain", counting)
+    monkeypatch.setattr(OneProcess, "__call__", gathering)
+    trajectory = Trajectory(sites=["w", "l*"], max_site_size=29)
+    trajectory(trained, 0, 1.0)
+    assert constrained == ["w"]
+    assert gathered == [(25, 2)]
+    assert trajectory.omitted == ["large"]
+    torch.testing.assert_close(trajectory.samples()["w"][0], trained.get_samples()["w"])
+    del constrained[:]
+    to_arviz(trained, X, Y, sites=["sigma"], groups=["posterior"])
+    assert constrained == ["sigma"]
+    del constrained[:]
+    to_arviz(trained, X, Y, groups=["observed_data"])
+    assert constrained == []
+
+
+def test_trajectory_measures_values_in_their_support():
+    """A simplex has one number more than the line that it is mapped to."""
+
+    def weights():
+        pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+
+    inference = start(weights, 2)
+    for size, kept in ((3, True), (2, False)):
+        trajectory = Trajectory(max_site_size=size)
+        inference._trajectory = None
+        inference.run(1, progress_bar=False, callback=trajectory)
+        assert ("p" in trajectory.samples()) == kept
 
 
 def test_trajectory_says_what_it_cannot_do():
