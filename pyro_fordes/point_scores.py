@@ -141,8 +141,8 @@ class PointScores:
             batch = densities.shape[1:]
             event = observed.shape[observed.dim() - self.site.event_dim :]
             # A point of which some elements are masked counts, by those that are not.
-            kept = kept.reshape(batch.numel(), -1).any(1)
-            observed = observed.expand(batch + event).reshape(-1, *event)[kept]
+            kept = kept.reshape(batch.numel(), kept.shape[len(batch) :].numel()).any(1)
+            observed = observed.expand(batch + event).reshape(batch.numel(), *event)[kept]
             given = (check_densities(densities.reshape(len(densities), -1)[:, kept]),)
             scores = {"nll": point_nll(*given)}
         elif self.site.kind == "classes":
