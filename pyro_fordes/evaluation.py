@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_fordes._checks import ArgumentError, CheckpointError, check_level, check_positive_int
+from pyro_fordes._checks import (
+    ArgumentError,
+    CheckpointError,
+    check_level,
+    check_positive_int,
+    check_seed,
+)
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.checkpoint import read, write
 from pyro_fordes.estimates import BINS, CORRUPTED, DETECTIONS, Plan, is_detection
@@ -134,6 +140,7 @@ def evaluate(
     outside = _checked_outside(outside)
     check_positive_int("resamples", resamples)
     check_level(level)
+    check_seed(seed)
     with preserved_rng():
         first = next(iter(next(iter(named.values()))), None)
         if first is None:

@@ -179,9 +179,13 @@ def choose_sites(
         (['a.x', 'b'], ['a.y'])
     """
     asked = ["*"] if sites is None else sites
-    if isinstance(asked, str) or not all(
-        isinstance(one, str) and (one in sizes or any(fnmatchcase(name, one) for name in sizes))
-        for one in asked
+    if (
+        isinstance(asked, str)
+        or not isinstance(asked, Collection)
+        or not all(
+            isinstance(one, str) and (one in sizes or any(fnmatchcase(name, one) for name in sizes))
+            for one in asked
+        )
     ):
         raise ArgumentError(
             f"{where}(sites=...) must be a list of names or patterns of sites, got {sites!r}; the "

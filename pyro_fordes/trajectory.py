@@ -68,7 +68,7 @@ class Trajectory:
         self.max_site_size = check_positive_int("max_site_size", max_site_size)
         if check_positive_int("limit", limit) < 2:
             raise ArgumentError("limit must be at least 2, got 1")
-        if isinstance(sites, str):
+        if sites is not None and (isinstance(sites, str) or not isinstance(sites, Collection)):
             raise ArgumentError(f"sites must be a list of names, got {sites!r}; write [{sites!r}]")
         self.sites = sites
         self.limit = limit

@@ -928,6 +928,8 @@ BAD = {
     "detection alone": (lambda i: scored(i, ["auroc"], outside=None), "needs data outside"),
     "unknown inside": (lambda i: scored(i, inside="test"), "no loader"),
     "level": (lambda i: scored(i, level=95.0), "between 0 and 1"),
+    "seed": (lambda i: scored(i, seed="0"), "seed must be an integer"),
+    "comparison seed": (lambda i: compare({"a": scored(i)}, seed=None), "seed must be an integer"),
     "resamples": (lambda i: scored(i, resamples=0), "resamples"),
     "no methods": (lambda i: compare({}), "by method"),
     "no evaluation": (lambda i: compare({"a": i}), "evaluate"),
