@@ -106,7 +106,11 @@ def _minus(first: Tensor, second: Tensor) -> Tensor:
 
 def _paired(methods: Any) -> dict[str, list[Evaluation]]:
     """Evaluations of each method by run, all of the same data."""
-    if not isinstance(methods, Mapping) or not methods:
+    if (
+        not isinstance(methods, Mapping)
+        or not methods
+        or not all(isinstance(name, str) for name in methods)
+    ):
         raise ArgumentError(
             "compare(...) needs evaluations by method: {'ensemble': evaluate(...), ...}"
         )

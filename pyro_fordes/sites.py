@@ -178,6 +178,8 @@ def choose_sites(
         >>> choose_sites("f", {"a.x": 2, "a.y": 9, "b": 9}, ["a.*", "b"], 5)
         (['a.x', 'b'], ['a.y'])
     """
+    if sites is None and not sizes:
+        return [], []
     asked = ["*"] if sites is None else sites
     if (
         isinstance(asked, str)

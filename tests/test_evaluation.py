@@ -828,6 +828,15 @@ def test_tables(classifiers, tmp_path):
     table = compare({"short": scored(classifiers[0]), "long": scored(classifiers[1])}, resamples=9)
     table.save(tmp_path / "table.json")
     assert Table.load(tmp_path / "table.json") == table
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    (tmp_path / "text.json").write_text("nll 0.3")
+    for name in ("other.json", "text.json"):
+        with pytest.raises(CheckpointError, match=r"has no table.*Table.save writes one"):
+            Table.load(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot read the table"):
+        Table.load(tmp_path / "nothing.json")
+    with pytest.raises(CheckpointError, match="cannot write the table"):
+        table.save(tmp_path / "text.json" / "table.json")
     assert list(json.loads((tmp_path / "table.json").read_text())["columns"]) == list(table.columns)
     frame = table.to_frame()
     assert list(frame.columns) == list(table.columns)
@@ -932,6 +941,7 @@ BAD = {
     "comparison seed": (lambda i: compare({"a": scored(i)}, seed=None), "seed must be an integer"),
     "resamples": (lambda i: scored(i, resamples=0), "resamples"),
     "no methods": (lambda i: compare({}), "by method"),
+    "method name": (lambda i: compare({1: scored(i)}), "by method"),
     "no evaluation": (lambda i: compare({"a": i}), "evaluate"),
     "comparison level": (lambda i: compare({"a": scored(i)}, level=95), "between 0 and 1"),
     "unknown baseline": (lambda i: compare({"a": scored(i)}, baseline="b"), "none of the methods"),

@@ -464,6 +464,14 @@ def test_deterministic_sites_are_named_after_plates():
     assert posterior["other"].dims[2:] == ("other_dim_0",)
 
 
+def test_a_trajectory_of_no_site():
+    inference = start(model, 2, diagnostics_every=1)
+    inference.run(3, X, Y, progress_bar=False, callback=Trajectory(sites=[]))
+    data = to_arviz(inference, X, Y, trajectory=True)
+    assert groups_of(data) == {"sample_stats", "observed_data", "constant_data"}
+    assert dict(data["sample_stats"]["lp"].sizes) == {"chain": 2, "draw": 3}
+
+
 def test_a_trajectory_has_no_densities():
     inference = start(model, 2)
     inference.run(3, X, Y, progress_bar=False, callback=Trajectory())
