@@ -128,6 +128,13 @@ def check_level(value: object) -> float:
     return level
 
 
+def check_seed(seed: object) -> int:
+    """Return the ``seed`` of some draws if it is an integer that torch takes, else raise."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**32:
+        raise ArgumentError(f"seed must be an integer below 2**32, got {seed!r}")
+    return seed
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an `ArgumentError` unless ``value`` is one of ``choices``."""
     if value not in choices:

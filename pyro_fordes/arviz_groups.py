@@ -1,5 +1,6 @@
 """What one inference has to say, as groups of variables for ArviZ."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from pyro_fordes.loops import arguments
 from pyro_fordes.particles import Call
 from pyro_fordes.prediction import ParticlePredictive
 from pyro_fordes.sites import choose_sites, deterministic_sites, observed_sites
+from pyro_fordes.state import sample_shapes, samples_of
 
 DATA = ("observed_data", "constant_data", "predictions_constant_data")
 GROUPS = (
@@ -144,12 +146,14 @@ class Exporter:
 
     def particles(self) -> None:
         """The groups of the particles as they are now."""
-        samples = self.inference.get_samples(gather=True)
-        chosen = self._choose({name: samples[name][0].numel() for name in self.latents})
+        shapes = sample_shapes(self.inference)
+        chosen = self._choose({name: math.prod(shapes[name]) for name in self.latents})
+        wanted = chosen if self.request.wants("posterior") else []
+        samples = samples_of(self.inference, True, [name for name in wanted if name in shapes])
         for name in chosen:
             if name in samples:
                 self._add("posterior", name, samples[name], self._of_site(name))
-        self._add_draws([name for name in chosen if name not in samples])
+        self._add_draws([name for name in chosen if name not in shapes])
         self._add_densities()
         self._add_measured()
         self._add_prior(chosen)

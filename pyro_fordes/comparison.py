@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_level
+from pyro_fordes._checks import ArgumentError, check_level, check_seed
 from pyro_fordes.estimates import Plan
 from pyro_fordes.evaluation import Evaluation
 from pyro_fordes.resampling import Interval, interval
@@ -59,6 +59,7 @@ def compare(
         (0.5, 0.5)
     """
     check_level(level)
+    check_seed(seed)
     runs = _paired(methods)
     names = list(runs)
     baseline = names[0] if baseline is None else baseline
@@ -105,7 +106,11 @@ def _minus(first: Tensor, second: Tensor) -> Tensor:
 
 def _paired(methods: Any) -> dict[str, list[Evaluation]]:
     """Evaluations of each method by run, all of the same data."""
-    if not isinstance(methods, Mapping) or not methods:
+    if (
+        not isinstance(methods, Mapping)
+        or not methods
+        or not all(isinstance(name, str) for name in methods)
+    ):
         raise ArgumentError(
             "compare(...) needs evaluations by method: {'ensemble': evaluate(...), ...}"
         )

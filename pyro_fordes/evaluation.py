@@ -9,12 +9,25 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_fordes._checks import ArgumentError, CheckpointError, check_level, check_positive_int
+from pyro_fordes._checks import (
+    ArgumentError,
+    CheckpointError,
+    check_level,
+    check_positive_int,
+    check_seed,
+)
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.checkpoint import read, write
 from pyro_fordes.estimates import BINS, CORRUPTED, DETECTIONS, Plan, is_detection
 from pyro_fordes.metrics.classification import Reliability, reliability_of
-from pyro_fordes.point_scores import SCORES, PointFunction, PointScores, find_site, top_k_of
+from pyro_fordes.point_scores import (
+    SCORES,
+    PointFunction,
+    PointScores,
+    Site,
+    find_site,
+    top_k_of,
+)
 from pyro_fordes.resampling import interval
 from pyro_fordes.tables import Table
 
@@ -61,9 +74,11 @@ def evaluate(
     """Score an inference's predictions on several data sets, with bootstrap intervals.
 
     Data stream through `ParticlePredictive` batch by batch; only scores per point are kept. Points
-    are the elements of the observed site's batch shape. A Categorical, OneHotCategorical or
-    Bernoulli site is scored by its class probabilities, a Normal site by its mixture of normals
-    (element by element), any other by the log density of its observations.
+    are the elements of the observed site's batch shape; a site without one is a single point per
+    batch. A Categorical, OneHotCategorical or Bernoulli site is scored by its class probabilities,
+    a Normal site by its mixture of normals (element by element), any other by the log density of
+    its observations. What is masked (``poutine.mask``, ``fn.mask``) does not count; an observation
+    of several numbers counts by those that are not masked.
 
     Metrics, with their definitions in `pyro_fordes.metrics`:
 
@@ -99,7 +114,9 @@ def evaluate(
         An `Evaluation`: print it, or read its ``table``.
 
     Raises:
-        ArgumentError: if an argument does not fit, before anything is scored.
+        ArgumentError: if an argument does not fit, before anything is scored; or if all points of
+            a loader are masked.
+        ModelError: if the model draws a minibatch, or masks other points for each particle.
         NumericalError: if a prediction is NaN.
 
     Example:
@@ -120,15 +137,16 @@ def evaluate(
         [1.0]
     """
     named = _named_loaders(loaders)
-    outside = dict(outside or {})
+    outside = _checked_outside(outside)
     check_positive_int("resamples", resamples)
     check_level(level)
+    check_seed(seed)
     with preserved_rng():
         first = next(iter(next(iter(named.values()))), None)
         if first is None:
             raise ArgumentError("a loader gave no batch; is the data set empty?")
-        target = find_site(inference, site, first)
-        chosen, functions = _chosen(target.kind, metrics, bool(outside), inference.num_particles)
+        target = find_site(inference, site, first, chunk_size)
+        chosen, functions = _chosen(target, metrics, bool(outside), inference.num_particles)
         reference = _reference(inside, named)
         top_k = [k for metric in chosen if (k := top_k_of(metric)) is not None]
         scores = PointScores(inference, target, chunk_size, functions, top_k)
@@ -279,10 +297,11 @@ def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
                 f"loaders must be named by texts, or by (corruption, severity) with a severity "
                 f"from 1; got {name!r}"
             )
-        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+        _check_loader(name, loader)
+        if key in found:
             raise ArgumentError(
-                f"the loader {name!r} must be a list of batches or a DataLoader, which can be "
-                f"iterated again; got {type(loader).__name__}"
+                f"loaders names {key} twice: {key[0]!r} alone is short for {key}; give one of them "
+                f"another name"
             )
         found[key] = loader
     if any(name == CORRUPTED for name, _ in found) and any(severity for _, severity in found):
@@ -291,6 +310,29 @@ def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
             f"give it another"
         )
     return found
+
+
+def _check_loader(name: object, loader: object) -> None:
+    """Refuse what gives no batches, or gives them once only."""
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator | str):
+        raise ArgumentError(
+            f"the loader {name!r} must be a list of batches or a DataLoader, which can be "
+            f"iterated again; got {type(loader).__name__}"
+        )
+
+
+def _checked_outside(outside: Any) -> dict[str, Iterable[Any]]:
+    """Loaders of data outside the distribution, by name."""
+    if outside is None:
+        return {}
+    if not isinstance(outside, Mapping) or not all(isinstance(name, str) for name in outside):
+        got = list(outside) if isinstance(outside, Mapping) else type(outside).__name__
+        raise ArgumentError(
+            f"outside must have loaders by name, such as {{'noise': loader}}; got {got}"
+        )
+    for name, loader in outside.items():
+        _check_loader(name, loader)
+    return dict(outside)
 
 
 def _reference(inside: str | None, loaders: Mapping[Key, Any]) -> Key:
@@ -303,9 +345,10 @@ def _reference(inside: str | None, loaders: Mapping[Key, Any]) -> Key:
 
 
 def _chosen(
-    kind: str, metrics: Any, outside: bool, particles: int
+    site: Site, metrics: Any, outside: bool, particles: int
 ) -> tuple[tuple[str, ...], dict[str, Callable[..., Tensor]]]:
     """Names of the metrics, and the functions among them by name."""
+    kind = site.kind
     if outside and kind != "classes":
         raise ArgumentError(
             "outside= needs a site with class probabilities, whose entropy tells data apart"
@@ -319,15 +362,20 @@ def _chosen(
     known = [*_MEANS[kind], *_DERIVED[kind]]
     detections = [f"{d}:{s}" for d in DETECTIONS for s in SCORES] if kind == "classes" else []
     for name, given in zip(names, metrics, strict=True):
-        top_k = kind == "classes" and top_k_of(name) is not None
+        top_k = top_k_of(name) if kind == "classes" else None
         if name in functions:
             if name in _RESERVED:
                 raise ArgumentError(f"a function among metrics is called {name!r}, which is the "
                                     f"name of another score; give it another")  # fmt: skip
-        elif not top_k and name not in (*known, *detections):
+        elif top_k is None and name not in (*known, *detections):
             raise ArgumentError(
                 f"metrics has {given!r}, which a site of kind {kind!r} does not have; there are "
                 f"{[*known, *(['top-5'] if kind == 'classes' else []), *detections]}"
+            )
+        if top_k is not None and top_k > (site.classes or 0):
+            raise ArgumentError(
+                f"the metric {given!r} needs at least {top_k} classes, but site '{site.name}' has "
+                f"{site.classes}"
             )
         if is_detection(name) and not outside:
             raise ArgumentError(f"the metric {given!r} needs data outside: outside={{...}}")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_fordes._checks import ArgumentError, check_positive_int, require
+from pyro_fordes._checks import ArgumentError, check_positive_int, check_seed, require
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.arviz_groups import DATA, GROUPS, Exporter, Request, SameMinibatch
 from pyro_fordes.labels import Labels, Variable
 from pyro_fordes.prediction import eval_mode
+from pyro_fordes.state import sample_shapes
 
 
 def to_arviz(
@@ -104,11 +105,16 @@ def to_arviz(
         check_positive_int(name, number)
     if prior is not None:
         check_positive_int("prior", prior)
-    if isinstance(groups, str) or any(group not in GROUPS for group in groups or ()):
+    if groups is not None and (
+        isinstance(groups, str)
+        or not isinstance(groups, Collection)
+        or any(group not in GROUPS for group in groups)
+    ):
         raise ArgumentError(
             f"to_arviz(groups=...) must be a list of names from {list(GROUPS)}, got {groups!r}"
         )
-    labels = Labels(dims or {}, coords or {})
+    check_seed(seed)
+    labels = Labels({} if dims is None else dims, {} if coords is None else coords)
     # One chain draws from the prior, and has the new arguments and the data.
     request = Request(
         labels,
@@ -157,8 +163,15 @@ def _checked_chains(inference: Any, trajectory: bool) -> list[Any]:
             f"to_arviz(trajectory=True) makes a chain of each particle of one inference, got "
             f"{len(chains)} inferences"
         )
+    if len({id(chain) for chain in chains}) < len(chains):
+        raise ArgumentError(
+            "to_arviz got an inference twice; each chain must be a restart of its own, or R-hat "
+            "would compare a chain with itself"
+        )
+    for chain in chains:
+        chain._started()
     shapes = [
-        {name: tuple(value.shape) for name, value in chain.get_samples().items()}
+        {name: (chain.num_particles, *shape) for name, shape in sample_shapes(chain).items()}
         for chain in chains
     ]
     for index, shape in enumerate(shapes):

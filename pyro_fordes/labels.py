@@ -34,21 +34,36 @@ class Labels:
     coords: Mapping[str, Sequence[Any]]
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse names of dimensions for variables that do not exist.
+        """Refuse names of dimensions for variables that do not exist, and what are no names.
 
         Args:
             names: all variables that could be exported.
 
         Raises:
-            ArgumentError: if there is one.
+            ArgumentError: if there is such a thing.
         """
         known = list(names)
+        for option, given in (("dims", self.dims), ("coords", self.coords)):
+            if not isinstance(given, Mapping):
+                raise ArgumentError(f"to_arviz({option}=...) must be a mapping, got {given!r}")
         for name, dims in self.dims.items():
-            if name not in known or isinstance(dims, str):
+            if name not in known or not _are_names(dims):
                 raise ArgumentError(
                     f"to_arviz(dims=...) must give a list of names for each variable, such as "
                     f"{{{known[0]!r}: ['feature']}}, got {{{name!r}: {dims!r}}}; the variables are "
                     f"{known}"
+                )
+            taken = [dim for dim in dims if dim in ("chain", "draw")]
+            if taken or len(set(dims)) < len(dims):
+                raise ArgumentError(
+                    f"to_arviz(dims=...) gives {name!r} the dimensions {list(dims)}; they must "
+                    f"differ from each other and from 'chain' and 'draw', which all draws have"
+                )
+        for dim, labels in self.coords.items():
+            if isinstance(labels, str) or _rank(labels) != 1:
+                raise ArgumentError(
+                    f"to_arviz(coords=...) must give a list of labels for each dimension, such as "
+                    f"{{'feature': ['age', 'height']}}, got {{{dim!r}: {labels!r}}}"
                 )
 
     def of_site(self, name: str, site: Mapping[str, Any]) -> tuple[str, ...]:
@@ -57,7 +72,7 @@ class Labels:
         Raises:
             ArgumentError: if the user gave another number of names.
         """
-        return self.named(name, site, site["value"].dim(), site["fn"].event_dim)
+        return self.named(name, site, site["value"].dim(), _event_dim(site))
 
     def of_density(self, name: str, site: Mapping[str, Any], rank: int) -> tuple[str, ...]:
         """Dimensions of a site's log density, which has batch dimensions only."""
@@ -159,11 +174,46 @@ class Labels:
             ArgumentError: if there is one.
         """
         known = {str(dim) for dataset in datasets for dim in dataset.dims} | set(others)
+        known |= {"chain", "draw"}
         unknown = [dim for dim in self.coords if dim not in known]
         if unknown:
             raise ArgumentError(
                 f"to_arviz(coords=...) names {unknown}, but the dimensions are {sorted(known)}"
             )
+
+
+def _event_dim(site: Mapping[str, Any]) -> int:
+    """How many of a value's last axes belong to no plate.
+
+    Pyro takes all axes of a deterministic site for event axes unless told otherwise; those of
+    plates are where the lengths are the plates'.
+    """
+    fn, shape = site["fn"], site["value"].shape
+    plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    if not plates or not site["infer"].get("_deterministic", False):
+        return fn.event_dim
+    for event_dim in (fn.event_dim, *range(len(shape))):
+        batch = shape[: len(shape) - event_dim]
+        if all(len(batch) >= -one.dim and batch[one.dim] == one.size for one in plates):
+            return event_dim
+    return fn.event_dim
+
+
+def _are_names(dims: Any) -> bool:
+    """Whether names of dimensions are a list of texts."""
+    return (
+        isinstance(dims, Sequence)
+        and not isinstance(dims, str)
+        and all(isinstance(dim, str) for dim in dims)
+    )
+
+
+def _rank(labels: Any) -> int:
+    """How many axes some labels have; -1 of what is no array."""
+    try:
+        return np.asarray(labels).ndim
+    except ValueError:
+        return -1
 
 
 def _without_slash(name: str) -> str:

@@ -51,6 +51,7 @@ from pyro_fordes.precision import lower_precision, whole
 from pyro_fordes.prototype import (
     Prototype,
     drawing_plates,
+    explained,
     latents_of,
     module_of,
     named_buffers,
@@ -482,7 +483,8 @@ class LogJoint:
         self.arguments.check(args, kwargs)
         first, _ = _constrain({n: value[0] for n, value in (template or values).items()}, latents)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
-        with torch.no_grad(), pyro.validation_enabled(False), Replay(first, {}):
+        quiet = pyro.validation_enabled(False)
+        with torch.no_grad(), quiet, explained(args, kwargs), Replay(first, {}):
             trace = self._trace(own, args, kwargs)
         missing = [name for name in values if name not in trace.nodes]
         if missing:
@@ -537,7 +539,7 @@ class LogJoint:
         """
         self.arguments.check(args, kwargs)
         own = {name: buffer.clone() for name, buffer in named_buffers(self.model).items()}
-        with torch.no_grad(), pyro.validation_enabled(False):
+        with torch.no_grad(), pyro.validation_enabled(False), explained(args, kwargs):
             return self._trace(own, args, kwargs)
 
     def _trace(

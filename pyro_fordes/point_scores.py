@@ -12,17 +12,24 @@ from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import ArgumentError, ModelError
 from pyro_fordes.loops import arguments
+from pyro_fordes.metrics._inputs import check_classes, check_densities, check_log_probs
 from pyro_fordes.metrics.classification import (
     point_brier,
     point_confidence,
     point_correct,
     point_nll,
 )
-from pyro_fordes.metrics.regression import point_covered, point_crps, point_squared_error
-from pyro_fordes.metrics.uncertainty import point_disagreement, uncertainty
+from pyro_fordes.metrics.regression import (
+    check_regression,
+    point_covered,
+    point_crps,
+    point_squared_error,
+)
+from pyro_fordes.metrics.uncertainty import point_disagreement, point_uncertainty
+from pyro_fordes.particles import Call
 from pyro_fordes.prediction import ParticlePredictive, eval_mode
 from pyro_fordes.prototype import module_of
-from pyro_fordes.sites import base_distribution
+from pyro_fordes.sites import counted, given_parameters, plain_distribution
 
 PointFunction = Callable[..., Tensor]
 """Gives a score per point; see `evaluate`."""
@@ -39,14 +46,18 @@ class Site:
         name: of the site.
         kind: ``"classes"``, ``"normal"`` or ``"density"``.
         distribution: class of its distribution, without wrappers.
+        event_dim: how many of its last axes make one observation.
+        classes: how many classes there are; None for other kinds.
     """
 
     name: str
     kind: str
     distribution: type
+    event_dim: int = 0
+    classes: int | None = None
 
 
-def find_site(inference: Any, name: str | None, batch: Any) -> Site:
+def find_site(inference: Any, name: str | None, batch: Any, chunk_size: int | None = None) -> Site:
     """The observed site to score: the only one, or the one named.
 
     Raises:
@@ -54,7 +65,7 @@ def find_site(inference: Any, name: str | None, batch: Any) -> Site:
     """
     args, kwargs = arguments(batch)
     # Refuses arguments without observations, whose values would be draws.
-    observed = list(ParticlePredictive(inference).log_prob(*args, **kwargs))
+    observed = list(ParticlePredictive(inference, None, chunk_size).log_prob(*args, **kwargs))
     if name is None and len(observed) > 1:
         raise ArgumentError(f"the model observes the sites {observed}; choose one with site=")
     if name is not None and name not in observed:
@@ -64,12 +75,13 @@ def find_site(inference: Any, name: str | None, batch: Any) -> Site:
     # Not in train mode, in which BatchNorm refuses a batch of one point.
     with eval_mode(module_of(inference.model)):
         trace = inference.prototype(*args, **kwargs).trace
-    base = type(base_distribution(trace.nodes[name]["fn"]))
-    if issubclass(base, Categorical | OneHotCategorical | Bernoulli):
-        kind = "classes"
-    else:
-        kind = "normal" if issubclass(base, Normal) else "density"
-    return Site(name, kind, base)
+    whole = trace.nodes[name]["fn"]
+    fn, event_dim = plain_distribution(whole), whole.event_dim
+    if isinstance(fn, Bernoulli):
+        return Site(name, "classes", type(fn), event_dim, 2)
+    if isinstance(fn, Categorical | OneHotCategorical):
+        return Site(name, "classes", type(fn), event_dim, fn.logits.shape[-1])
+    return Site(name, "normal" if isinstance(fn, Normal) else "density", type(fn), event_dim)
 
 
 class PointScores:
@@ -106,41 +118,83 @@ class PointScores:
         Returns:
             ``{score: (point,)}`` on the CPU; ``"observed"`` has the event axes of a density, too.
         """
-        return _joined(self._inside(*arguments(batch)) for batch in batches)
+        return self._joined(self._inside(*arguments(batch)) for batch in batches)
 
     def outside(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """How uncertain predictions are, for points whose observations mean nothing."""
-        return _joined(self._outside(*arguments(batch)) for batch in batches)
+        return self._joined(self._outside(*arguments(batch)) for batch in batches)
 
     def _outside(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = self._predictive.parameters(*args, **kwargs)[self.site.name]
-        return _uncertainties(self._log_probs(found))
+        found, kept = self._predicted(args, kwargs)
+        if not kept.any():
+            return {}
+        return _uncertainties(check_log_probs(self._log_probs(found, kept)))
 
     def _inside(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         observed = self._observed(args, kwargs)
+        found, kept = self._predicted(args, kwargs)
+        if not kept.any():
+            return {}
+        given: tuple[Tensor, ...]
         if self.site.kind == "density":
-            densities = self._predictive.log_prob(*args, **kwargs)[self.site.name]
-            observed = observed.reshape(-1, *observed.shape[densities.dim() - 1 :])
-            densities = densities.reshape(len(densities), -1)
-            found = {"nll": point_nll(densities)}
-            given: tuple[Tensor, ...] = (densities,)
+            densities = found["log_prob"]
+            batch = densities.shape[1:]
+            event = observed.shape[observed.dim() - self.site.event_dim :]
+            # A point of which some elements are masked counts, by those that are not.
+            kept = kept.reshape(batch.numel(), kept.shape[len(batch) :].numel()).any(1)
+            observed = observed.expand(batch + event).reshape(batch.numel(), *event)[kept]
+            given = (check_densities(densities.reshape(len(densities), -1)[:, kept]),)
+            scores = {"nll": point_nll(*given)}
+        elif self.site.kind == "classes":
+            if issubclass(self.site.distribution, OneHotCategorical):
+                observed = observed.argmax(-1)
+            observed = observed.expand(kept.shape)[kept].long()
+            given = check_classes(self._log_probs(found, kept), observed)
+            scores = self._classes(*given)
         else:
-            parameters = self._predictive.parameters(*args, **kwargs)[self.site.name]
-            if self.site.kind == "classes":
-                labels = observed
-                if issubclass(self.site.distribution, OneHotCategorical):
-                    labels = observed.argmax(-1)
-                observed = labels.flatten().long()
-                given = (self._log_probs(parameters), observed)
-                found = self._classes(*given)
-            else:
-                observed = observed.flatten()
-                mean, sd = (parameters[name].flatten(1) for name in ("loc", "scale"))
-                given = (mean, observed, sd)
-                found = _normal(*given)
+            observed = observed.expand(kept.shape)[kept]
+            mean, sd = found["loc"][:, kept], found["scale"][:, kept]
+            mean, targets, _ = check_regression(mean, observed, sd)
+            given = (mean, targets, sd.to(mean))
+            scores = _normal(*given)
         for name, function in self.functions.items():
-            found[name] = _checked(name, function(*given), len(observed))
-        return {**found, "observed": observed}
+            scores[name] = _checked(name, function(*given), len(observed))
+        return {**scores, "observed": observed}
+
+    def _predicted(
+        self, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the particles predict, and which elements no mask covers.
+
+        Parameters of a site's distribution, or its log density; the former for each element.
+        """
+
+        def capture(call: Call) -> dict[str, Tensor]:
+            site = call.trace.nodes.get(self.site.name)
+            if site is None:
+                raise ModelError(
+                    f"without observations the model has no site '{self.site.name}', so data "
+                    f"outside cannot be scored; let it sample the site with obs=None"
+                )
+            kept = counted(site)
+            if self.site.kind == "density":
+                found = {"log_prob": site["fn"].log_prob(site["value"])}
+            else:
+                fn = plain_distribution(site["fn"])
+                found = {
+                    name: value.expand(kept.shape + value.shape[len(fn.batch_shape) :])
+                    for name, value in given_parameters(fn).items()
+                }
+            return {**found, "kept": kept.byte()}
+
+        found = self._predictive.captured(capture, *args, **kwargs)
+        kept = found.pop("kept").bool()
+        if (kept != kept[0]).any():
+            raise ModelError(
+                f"the mask of site '{self.site.name}' differs between particles, so that they "
+                f"would be scored on different points; let it depend on the data alone"
+            )
+        return found, kept[0]
 
     def _classes(self, log_probs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """All scores of class probabilities."""
@@ -156,12 +210,12 @@ class PointScores:
             found[f"top-{k}"] = point_correct(log_probs, labels, top_k=k)
         return found
 
-    def _log_probs(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def _log_probs(self, parameters: Mapping[str, Tensor], kept: Tensor) -> Tensor:
         """Log probabilities ``(particle, point, class)`` from a site's parameters."""
         logits = parameters["logits"]
         if issubclass(self.site.distribution, Bernoulli):
             logits = torch.stack([torch.zeros_like(logits), logits], dim=-1)
-        return logits.flatten(1, -2).log_softmax(-1)
+        return logits[:, kept].log_softmax(-1)
 
     def _observed(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """What the site observes in a batch.
@@ -178,7 +232,9 @@ class PointScores:
         value = self._draws(*args, **kwargs)[self.site.name][0]
         if structure not in self._places:
             places = [place for place, leaf in enumerate(leaves) if _is_same(leaf, value)]
-            self._places[structure] = (places[0], value.dtype) if places else None
+            # Where several arguments have these values, a later batch tells which it is.
+            if len(places) <= 1:
+                self._places[structure] = (places[0], value.dtype) if places else None
             if places:
                 return value
         with eval_mode(module_of(self.inference.model)):
@@ -191,6 +247,28 @@ class PointScores:
             )
         return value
 
+    def _joined(self, parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Scores of all batches, on the CPU."""
+        listed = [{name: score.detach().cpu() for name, score in part.items()} for part in parts]
+        if not listed:
+            raise ArgumentError("a loader gave no batch; is the data set empty?")
+        listed = [part for part in listed if part]  # nothing where all points are masked
+        if not listed:
+            raise ArgumentError(
+                f"all points of site '{self.site.name}' are masked in a loader's batches, so that "
+                f"nothing is left to score"
+            )
+        observed = [part["observed"] for part in listed if "observed" in part]
+        shapes = sorted({tuple(value.shape[1:]) for value in observed})
+        if len(shapes) > 1:
+            raise ArgumentError(
+                f"site '{self.site.name}' observes things of the shapes {shapes} in a loader's "
+                f"batches, which are no points of one kind. If those are rows of data, the model "
+                f"makes a batch one observation: declare them with pyro.plate, and leave their "
+                f"axis out of .to_event(...)"
+            )
+        return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
+
 
 def top_k_of(metric: str) -> int | None:
     """The number in a name such as ``"top-5"``; None for other names."""
@@ -200,7 +278,7 @@ def top_k_of(metric: str) -> int | None:
 
 def _uncertainties(log_probs: Tensor) -> dict[str, Tensor]:
     """Scores of how uncertain class probabilities are."""
-    found = uncertainty(log_probs)
+    found = point_uncertainty(log_probs)
     scores = dict(zip(SCORES, (found.total, found.epistemic, found.least_confidence), strict=True))
     if len(log_probs) > 1:
         scores["disagreement"] = point_disagreement(log_probs)
@@ -225,14 +303,6 @@ def _checked(name: str, scores: Any, points: int) -> Tensor:
             f"the metric {name} must return one score per point, a tensor ({points},); got {got}"
         )
     return scores
-
-
-def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Scores of all batches, on the CPU."""
-    listed = [{name: score.detach().cpu() for name, score in part.items()} for part in parts]
-    if not listed:
-        raise ArgumentError("a loader gave no batch; is the data set empty?")
-    return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
 
 
 def _is_same(leaf: Any, value: Tensor) -> bool:

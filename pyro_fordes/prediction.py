@@ -1,6 +1,6 @@
 """Posterior predictive of particles: draws, distribution parameters, means and entropies."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,12 @@ from pyro_fordes.loops import arguments
 from pyro_fordes.metrics import uncertainty
 from pyro_fordes.particles import Call
 from pyro_fordes.randomness import Draws
-from pyro_fordes.sites import base_distribution, given_parameters, pointwise_log_prob
+from pyro_fordes.sites import (
+    base_distribution,
+    given_parameters,
+    plain_distribution,
+    pointwise_log_prob,
+)
 
 
 class ParticlePredictive:
@@ -64,7 +69,7 @@ class ParticlePredictive:
     def __init__(
         self,
         inference: Any,
-        return_sites: Sequence[str] | None = None,
+        return_sites: Collection[str] | None = None,
         chunk_size: int | None = None,
     ) -> None:
         if not hasattr(inference, "get_unconstrained"):
@@ -77,6 +82,11 @@ class ParticlePredictive:
                 f"return_sites must be a list of names, got {return_sites!r}; write "
                 f"[{return_sites!r}]"
             )
+        if return_sites is not None and (
+            not isinstance(return_sites, Collection)
+            or not all(isinstance(name, str) for name in return_sites)
+        ):
+            raise ArgumentError(f"return_sites must be a list of names, got {return_sites!r}")
         if chunk_size is not None:
             check_positive_int("chunk_size", chunk_size)
         self.inference = inference
@@ -111,7 +121,10 @@ class ParticlePredictive:
                 raise ArgumentError(
                     f"return_sites names {unknown}, but the model has the sites {sites}"
                 )
-            return {name: nodes[name]["value"] for name in names}
+            found = {name: nodes[name]["value"] for name in names}
+            if "_RETURN" in found:
+                found["_RETURN"] = pytree.tree_map(_returned, found["_RETURN"])
+            return found
 
         return self._map(capture, args, kwargs, draw=True)
 
@@ -145,10 +158,13 @@ class ParticlePredictive:
         Returns:
             ``{site: (*shape)}``; of a Categorical site the class probabilities, with a class axis
             at the end.
+
+        Raises:
+            ModelError: if torch knows no mean of a site's distribution.
         """
 
         def capture(call: Call) -> dict[str, Tensor]:
-            return {name: _mean(site["fn"]) for name, site in self._observed(call).items()}
+            return {name: _mean(name, site["fn"]) for name, site in self._observed(call).items()}
 
         means = self._map(capture, args, kwargs)
         return {name: value.mean(0) for name, value in means.items()}
@@ -209,6 +225,19 @@ class ParticlePredictive:
             )
         return {name: _split_entropy(log_probs) for name, log_probs in found.items()}
 
+    def captured(self, capture: Callable[[Call], Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function keeps of each particle's run, such as a distribution's parameters.
+
+        Args:
+            capture: function of a run's ``trace`` that returns a tree of tensors.
+            *args: arguments of the model; observations may be left out.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The tree, with a leading particle axis.
+        """
+        return self._map(capture, args, kwargs)
+
     def predict(self, loader: Iterable[Any], *, progress_bar: bool = True) -> dict[str, Tensor]:
         """Predictive means of a whole data set, one batch at a time.
 
@@ -221,8 +250,13 @@ class ParticlePredictive:
             What `mean` returns, the batches joined along the first axis.
 
         Raises:
-            ArgumentError: if the loader is empty.
+            ArgumentError: if the loader is empty, or none.
         """
+        if not isinstance(loader, Iterable):
+            raise ArgumentError(
+                f"loader must be an iterable of batches, such as a torch DataLoader, got "
+                f"{type(loader).__name__}"
+            )
         parts: list[dict[str, Tensor]] = []
         total = len(loader) if isinstance(loader, Sized) else None
         for batch in tqdm(loader, total=total, disable=not progress_bar, unit="batch"):
@@ -306,10 +340,30 @@ def _is_sampled(site: Any) -> bool:
     return site["type"] == "sample" and not site_is_subsample(site)
 
 
-def _mean(fn: Any) -> Tensor:
-    """Mean of a distribution, or its class probabilities."""
+def _returned(value: Any) -> Tensor:
+    """A part of what the model returns, if it can be stacked over particles."""
+    if isinstance(value, Tensor | bool | int | float):
+        return torch.as_tensor(value)
+    raise ArgumentError(
+        f"return_sites names '_RETURN', but the model returns "
+        f"{'nothing' if value is None else type(value).__name__}; let it return tensors, or leave "
+        f"'_RETURN' out"
+    )
+
+
+def _mean(name: str, fn: Any) -> Tensor:
+    """Mean of a site's distribution, or its class probabilities."""
     base = base_distribution(fn)
-    return base.probs if isinstance(base, Categorical) else fn.mean
+    if isinstance(base, Categorical):
+        return base.probs
+    try:
+        return fn.mean
+    except (NotImplementedError, AttributeError) as error:
+        kind = type(plain_distribution(fn)).__name__
+        raise ModelError(
+            f"torch knows no mean of the {kind} of site '{name}'; average draws, "
+            f"ParticlePredictive(inference)(...)['{name}']"
+        ) from error
 
 
 def _log_probs(fn: Any) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,8 @@ def run_prototype(
     try:
         with preserved_rng(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trace = _explained(model, args, kwargs)
+            with explained(args, kwargs):
+                trace = _validated_trace(model, args, kwargs)
             enumerated = tuple(enumerated_sites(trace))
             nesting = _plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
             if enumerated:
@@ -207,13 +209,18 @@ def _running_statistics(model: Callable[..., Any]) -> set[str]:
 _KINDS = (ValueError, TypeError, IndexError, AttributeError)
 
 
-def _explained(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """`_validated_trace`, with what tensors and distributions refuse as an error of the model.
+@contextmanager
+def explained(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """What tensors and distributions refuse in a run of the model becomes an error of the model.
 
     Other exceptions are the model's own, and reach the user as they are.
+
+    Args:
+        args: positional arguments of the run.
+        kwargs: keyword arguments of the run.
     """
     try:
-        return _validated_trace(model, args, kwargs)
+        yield
     except FordesError:
         raise
     except (RuntimeError, ZeroDivisionError, *_KINDS) as error:

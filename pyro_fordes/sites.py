@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -27,6 +29,58 @@ def base_distribution(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+_SAME_VALUES = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
+"""Wrappers of a distribution of the same values."""
+
+
+def plain_distribution(fn: Any) -> Any:
+    """A distribution without the wrappers that leave its values as they are; transforms stay.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> type(plain_distribution(dist.LogNormal(torch.zeros(3), 1.0).to_event(1))).__name__
+        'LogNormal'
+    """
+    while isinstance(fn, _SAME_VALUES):
+        fn = fn.base_dist
+    return fn
+
+
+def counted(site: Any) -> Tensor:
+    """Which elements of an observed site count: no handler and no distribution masks them.
+
+    Args:
+        site: a site of a trace.
+
+    Returns:
+        Truth values, of the batch shape of the `plain_distribution` and the value.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     y = torch.tensor([0.1, 0.2, -99.0])
+        ...     with pyro.plate("data", 3), pyro.poutine.mask(mask=y > -99.0):
+        ...         pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        >>> counted(pyro.poutine.trace(model).get_trace().nodes["y"])
+        tensor([ True,  True, False])
+    """
+    fn, value = site["fn"], site["value"]
+    shape = torch.broadcast_shapes(fn.batch_shape + fn.event_shape, value.shape)
+    found = _as_tensor(site["mask"], value.device)
+    while isinstance(fn, _SAME_VALUES):
+        if isinstance(fn, MaskedDistribution):
+            found = found & _as_tensor(fn._mask, value.device)
+        elif isinstance(fn, torch.distributions.Independent):
+            found = found.reshape(found.shape + (1,) * fn.reinterpreted_batch_ndims)
+        fn = fn.base_dist
+    return found.expand(shape[: len(shape) - len(fn.event_shape)])
+
+
+def _as_tensor(mask: Any, device: torch.device) -> Tensor:
+    """A mask as truth values; None masks nothing."""
+    return torch.as_tensor(True if mask is None else mask, dtype=torch.bool, device=device)
 
 
 def latent_sites(trace: Any) -> list[str]:
@@ -124,10 +178,16 @@ def choose_sites(
         >>> choose_sites("f", {"a.x": 2, "a.y": 9, "b": 9}, ["a.*", "b"], 5)
         (['a.x', 'b'], ['a.y'])
     """
+    if sites is None and not sizes:
+        return [], []
     asked = ["*"] if sites is None else sites
-    if isinstance(asked, str) or not all(
-        isinstance(one, str) and (one in sizes or any(fnmatchcase(name, one) for name in sizes))
-        for one in asked
+    if (
+        isinstance(asked, str)
+        or not isinstance(asked, Collection)
+        or not all(
+            isinstance(one, str) and (one in sizes or any(fnmatchcase(name, one) for name in sizes))
+            for one in asked
+        )
     ):
         raise ArgumentError(
             f"{where}(sites=...) must be a list of names or patterns of sites, got {sites!r}; the "

@@ -1,6 +1,6 @@
 """The state of a `ParticleInference`: what is saved, and how another one takes it over."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,34 @@ def state_of(inference: Any, join: Callable[[Tensor], Any]) -> dict[str, Any]:
     }
 
 
-def samples_of(inference: Any, gather: bool) -> dict[str, Tensor]:
-    """Constrained values of the particles here, or of all processes."""
+def sample_shapes(inference: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each site's constrained value, without the particle axis."""
+    if inference._loaded is not None:
+        samples = {**inference._particles, **inference._loaded["samples"]}
+        return {name: tuple(value.shape[1:]) for name, value in samples.items()}
+    return {
+        name: tuple(latent.transform.forward_shape(latent.shape))
+        for name, latent in inference._latents.items()
+    }
+
+
+def samples_of(
+    inference: Any, gather: bool, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Constrained values of the particles here, or of all processes; of all sites or some."""
     join = inference._gather
+    chosen = {
+        name: value
+        for name, value in inference._particles.items()
+        if names is None or name in names
+    }
     if inference._loaded is None:
-        samples = inference._log_joint.constrain(inference._particles, inference._latents)
+        samples = inference._log_joint.constrain(chosen, inference._latents)
     else:  # without the model's supports, as the state has them
         saved = inference._loaded["samples"]
-        samples = {**inference._particles, **{name: one[join.rows] for name, one in saved.items()}}
+        samples = {
+            name: saved[name][join.rows] if name in saved else chosen[name] for name in chosen
+        }
     if gather:
         with join.together("get_samples"):
             samples = {name: join(value) for name, value in samples.items()}

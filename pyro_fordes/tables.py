@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_fordes._checks import ArgumentError, require
+from pyro_fordes._checks import ArgumentError, CheckpointError, require
 from pyro_fordes.estimates import CORRUPTED, is_detection
 
 _NAME, _CELL, _PER_LINE = 24, 19, 4
@@ -87,17 +87,36 @@ class Table:
         return require("pandas").DataFrame(dict(self.columns))
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a JSON file, which `load` reads."""
+        """Write the table to a JSON file, which `load` reads.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
         state = {"level": self.level, "baseline": self.baseline, "runs": self.runs}
         columns = ",\n  ".join(
             f"{json.dumps(name)}: {json.dumps(values)}" for name, values in self.columns.items()
         )
-        Path(path).write_text(f'{json.dumps(state)[:-1]},\n "columns": {{\n  {columns}\n}}}}\n')
+        text = f'{json.dumps(state)[:-1]},\n "columns": {{\n  {columns}\n}}}}\n'
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the table {path}: {error}") from error
 
     @staticmethod
     def load(path: str | Path) -> "Table":
-        """Read a table that `save` has written."""
-        return Table(**json.loads(Path(path).read_text()))
+        """Read a table that `save` has written.
+
+        Raises:
+            CheckpointError: if there is no such file, or it is none of a table.
+        """
+        try:
+            return Table(**json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise CheckpointError(f"cannot read the table {path}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} has no table ({error}); Table.save writes one"
+            ) from error
 
     def _check(self, names: Iterable[str]) -> None:
         """Raise an `ArgumentError` where there is no such column."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_fordes._checks import ArgumentError, StateError, check_positive_int
 from pyro_fordes.sites import choose_sites
+from pyro_fordes.state import sample_shapes, samples_of
 
 _PER_PARTICLE = {
     "lp": "log_joint",
@@ -67,7 +68,7 @@ class Trajectory:
         self.max_site_size = check_positive_int("max_site_size", max_site_size)
         if check_positive_int("limit", limit) < 2:
             raise ArgumentError("limit must be at least 2, got 1")
-        if isinstance(sites, str):
+        if sites is not None and (isinstance(sites, str) or not isinstance(sites, Collection)):
             raise ArgumentError(f"sites must be a list of names, got {sites!r}; write [{sites!r}]")
         self.sites = sites
         self.limit = limit
@@ -102,13 +103,12 @@ class Trajectory:
             self._thin()
         if step % self.every:
             return
-        samples = inference.get_samples(gather=True)
-        sizes = {name: value[0].numel() for name, value in samples.items()}
+        sizes = {name: math.prod(shape) for name, shape in sample_shapes(inference).items()}
         chosen, self.omitted = choose_sites("Trajectory", sizes, self.sites, self.max_site_size)
+        samples = samples_of(inference, True, chosen)
         self.steps.append(step)
-        self._values.append({name: samples[name].cpu() for name in chosen})
-        count = len(next(iter(samples.values())))
-        self._stats.append(_stats(inference, step, loss, count))
+        self._values.append({name: value.cpu() for name, value in samples.items()})
+        self._stats.append(_stats(inference, step, loss, inference.num_particles))
 
     def _thin(self) -> None:
         """Keep the records of twice as rare steps."""

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import sklearn.metrics
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -354,6 +355,212 @@ def test_a_site_is_chosen():
     same(found.scores["data", 0]["observed"], (1 - y).long())
 
 
+def test_log_probabilities_are_checked_once_for_each_batch(classifiers, monkeypatch):
+    seen, check = [], metrics._inputs.check_floats
+
+    def counting(name, *args, **options):
+        seen.append(name)
+        return check(name, *args, **options)
+
+    monkeypatch.setattr(metrics._inputs, "check_floats", counting)
+    x, y = data(1)
+    outside = {"far": loader(x)}
+    evaluate(classifiers[0], [(x, y)] * 2, [*ALL, "auroc"], outside=outside, progress_bar=False)
+    assert seen.count("log_probs") == 2 + len(outside["far"])
+
+
+def test_too_many_classes_are_refused_before_any_batch_is_scored(classifiers):
+    class Loader(list):
+        read = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                Loader.read += 1
+                yield batch
+
+    with pytest.raises(ArgumentError, match="site 'y' has 3"):
+        evaluate(classifiers[0], Loader([data(1)] * 3), ["top-4"], progress_bar=False)
+    assert Loader.read == 1
+
+
+# ---------------------------------------------------------------- masks, and sites of any shape
+
+
+def masked_regression(x, y=None, mask=True):
+    slope = pyro.sample("slope", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+    fn = dist.Normal(slope * x, 0.5)
+    with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        return pyro.sample("y", fn, obs=y)
+
+
+def masked_classes(x, y=None, mask=None):
+    slope = pyro.sample("slope", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+    logits = torch.stack([slope * x, -x, torch.zeros_like(x)], -1)
+    fn = dist.Categorical(logits=logits)
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", fn if mask is None else fn.mask(mask), obs=y)
+
+
+def masked_counts(x, y=None, mask=True):
+    rate = pyro.sample("rate", dist.LogNormal(torch.zeros((), dtype=DOUBLE), 1.0))
+    with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        return pyro.sample("y", dist.Poisson(rate * (1 + x.abs())), obs=y)
+
+
+def masked_pixels(x, y=None, mask=None):
+    """The mask is of the elements of an observation."""
+    slope = pyro.sample("slope", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+    fn = dist.Bernoulli(logits=slope * torch.stack([x, -x, 2 * x], -1))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", (fn if mask is None else fn.mask(mask)).to_event(1), obs=y)
+
+
+MASKED = {
+    "handler": (masked_regression, lambda x, classes: x),
+    "distribution": (masked_classes, lambda x, classes: classes),
+    "density": (masked_counts, lambda x, classes: classes.to(DOUBLE)),
+    "elements": (masked_pixels, lambda x, classes: nn.functional.one_hot(classes).to(DOUBLE)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_points_do_not_count(name):
+    """The scores are those of the other points alone; whatever the masked observations are."""
+    model, observe = MASKED[name]
+    x = torch.linspace(-1, 2, 9, dtype=DOUBLE)
+    y = observe(x, torch.arange(9) % 3)
+    inference = trained(model, x, y)
+    whole = evaluate(inference, [(x, y)], resamples=2, progress_bar=False)
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
+    if name == "elements":
+        mask = (torch.arange(27) % 5 < 3).reshape(9, 3)
+    wrong = torch.where(mask, y, (y + 1) % 2)
+    batches = [(x[rows], wrong[rows], mask[rows]) for rows in (slice(4), slice(4, 8), slice(8, 9))]
+    found = evaluate(inference, batches, resamples=2, progress_bar=False)
+    kept = mask.flatten()
+    for score, values in found.scores["data", 0].items():
+        same(values, whole.scores["data", 0][score][kept])
+    assert found.table["points"] == [int(kept.sum())] * len(found.table)
+    if name == "distribution":
+        far = {"far": [(x, y, mask)]}
+        found = evaluate(inference, [(x, y)], ["auroc"], outside=far, progress_bar=False)
+        same(found.outside["far"]["entropy"], whole.scores["data", 0]["entropy"][kept])
+    with pytest.raises(ArgumentError, match="all points of site 'y' are masked"):
+        evaluate(inference, [(x, y, torch.zeros_like(mask))], progress_bar=False)
+
+
+def test_an_observation_with_masked_elements_counts_by_the_others():
+    def model(x, y=None, mask=None):
+        rate = pyro.sample("rate", dist.LogNormal(torch.zeros((), dtype=DOUBLE), 1.0))
+        fn = dist.Poisson(rate * torch.stack([x, 2 * x], -1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", (fn if mask is None else fn.mask(mask)).to_event(1), obs=y)
+
+    x = torch.linspace(1, 2, 3, dtype=DOUBLE)
+    y = torch.arange(6.0, dtype=DOUBLE).reshape(3, 2)
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    inference = trained(model, x, y)
+    found = evaluate(inference, [(x, y, mask)], resamples=2, progress_bar=False)
+    rate = inference.get_samples()["rate"]
+    first = dist.Poisson(rate * x[0]).log_prob(y[0, 0])
+    third = sum(dist.Poisson(rate * x[2] * (k + 1)).log_prob(y[2, k]) for k in (0, 1))
+    same(found.scores["data", 0]["nll"], metrics.classification.point_nll(
+        torch.stack([first, third], 1)))  # fmt: skip
+    same(found.scores["data", 0]["observed"], y[[0, 2]])
+
+
+def test_a_mask_that_depends_on_the_particle_is_refused():
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)), poutine.mask(mask=x > slope):
+            return pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    x = torch.linspace(-3, 3, 50)
+    with pytest.raises(ModelError, match="mask of site 'y' differs between particles"):
+        evaluate(trained(model, x, x), [(x, x)], progress_bar=False)
+
+
+SCALARS = {
+    "normal": lambda w, x: dist.Normal(w * x, 1.0),
+    "classes": lambda w, x: dist.Categorical(logits=torch.stack([w * x, x, -x])),
+    "two classes": lambda w, x: dist.Bernoulli(logits=w * x),
+    "density": lambda w, x: dist.Poisson((w * x).exp()),
+    "transformed": lambda w, x: dist.LogNormal(w * x, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_site_without_axes_is_one_point(name):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+        return pyro.sample("y", SCALARS[name](w, x), obs=y)
+
+    batches = [(torch.tensor(x, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE)) for x in (1.0, 2.0)]
+    if name == "classes":
+        batches = [(x, y.long()) for x, y in batches]
+    inference = trained(model, *batches[0])
+    found = evaluate(inference, batches, ["nll"], resamples=2, progress_bar=False)
+    densities = torch.stack([ParticlePredictive(inference).log_prob(*b)["y"] for b in batches], 1)
+    assert found.table["value"] == pytest.approx([metrics.nll(densities).item()])
+    assert found.table["points"] == [2]
+
+
+def test_a_distribution_of_fewer_axes_than_its_observations():
+    """As models without plates may have it."""
+
+    def model(y=None):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0))
+        return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.linspace(0, 1, 6, dtype=DOUBLE)
+    inference = trained(model, y)
+    found = evaluate(inference, [y], ["nll", "coverage"], resamples=2, progress_bar=False)
+    expected = metrics.nll(ParticlePredictive(inference).log_prob(y)["y"])
+    assert found.table["value"][0] == pytest.approx(expected.item())
+    assert found.table["points"] == [6, 6]
+
+
+def test_batches_that_are_one_observation_each():
+    """Equal ones are points; others are no points of one kind, and the plate is missing."""
+
+    def model(x, y=None):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        return pyro.sample("y", dist.Poisson(rate * x).to_event(1), obs=y)
+
+    x, y = torch.linspace(1, 2, 7), torch.arange(7.0)
+    inference = trained(model, x, y)
+    found = evaluate(inference, [(x[:3], y[:3]), (x[3:6], y[3:6])], progress_bar=False)
+    assert found.table["points"] == [2]
+    with pytest.raises(ArgumentError, match=r"shapes \[\(3,\), \(4,\)\].*pyro.plate"):
+        evaluate(inference, [(x[:3], y[:3]), (x[3:], y[3:])], progress_bar=False)
+
+
+def test_a_transformed_normal_is_scored_by_its_own_density():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.LogNormal(w * x, 1.0), obs=y)
+
+    x = torch.linspace(0, 1, 5)
+    inference = trained(model, x, x.exp())
+    found = evaluate(inference, [(x, x.exp())], progress_bar=False).table
+    expected = metrics.nll(ParticlePredictive(inference).log_prob(x, x.exp())["y"])
+    assert found["metric"] == ["nll"]
+    assert found["value"] == [pytest.approx(expected.item(), rel=1e-6)]
+
+
+def test_outside_needs_the_site_without_observations():
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
+        if y is not None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+    x, y = torch.linspace(-2, 2, 20), (torch.arange(20) > 8).float()
+    with pytest.raises(ModelError, match=r"no site 'y'.*obs=None"):
+        evaluate(trained(model, x, y), [(x, y)], outside={"far": [x]}, progress_bar=False)
+
+
 # ---------------------------------------------------------------- functions as metrics
 
 
@@ -621,6 +828,15 @@ def test_tables(classifiers, tmp_path):
     table = compare({"short": scored(classifiers[0]), "long": scored(classifiers[1])}, resamples=9)
     table.save(tmp_path / "table.json")
     assert Table.load(tmp_path / "table.json") == table
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    (tmp_path / "text.json").write_text("nll 0.3")
+    for name in ("other.json", "text.json"):
+        with pytest.raises(CheckpointError, match=r"has no table.*Table.save writes one"):
+            Table.load(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot read the table"):
+        Table.load(tmp_path / "nothing.json")
+    with pytest.raises(CheckpointError, match="cannot write the table"):
+        table.save(tmp_path / "text.json" / "table.json")
     assert list(json.loads((tmp_path / "table.json").read_text())["columns"]) == list(table.columns)
     frame = table.to_frame()
     assert list(frame.columns) == list(table.columns)
@@ -698,7 +914,19 @@ BAD = {
     "unknown metric": (lambda i: scored(i, ["nll", "rmse"]), "'rmse', which .* 'classes'"),
     "metric text": (lambda i: scored(i, "nll"), "list of names"),
     "twice": (lambda i: scored(i, ["nll", "nll"]), "twice"),
-    "too many classes": (lambda i: scored(i, ["top-9"]), "at most the number of classes"),
+    "too many classes": (
+        lambda i: evaluate(i, [data(1)] * 2, ["nll", "top-9"], progress_bar=False),
+        "'top-9' needs at least 9 classes, but site 'y' has 3",
+    ),
+    "one name twice": (
+        lambda i: evaluate(i, {"clean": [data(1)], ("clean", 0): [data(2)]}),
+        r"names \('clean', 0\) twice",
+    ),
+    "outside list": (lambda i: scored(i, outside=[[data(2)[0]]]), "by name.*got list"),
+    "outside key": (lambda i: scored(i, outside={("far", 1): [data(2)[0]]}), "by name"),
+    "outside iterator": (
+        lambda i: scored(i, outside={"far": iter([data(2)[0]])}), "iterated again"
+    ),
     "score of no point": (lambda i: scored(i, [nothing]), r"one score per point.*\(16,\)"),
     "taken name": (lambda i: scored(i, [nll]), "name of another score"),
     "taken name of a detection": (lambda i: scored(i, [auroc]), "name of another score"),
@@ -709,8 +937,11 @@ BAD = {
     "detection alone": (lambda i: scored(i, ["auroc"], outside=None), "needs data outside"),
     "unknown inside": (lambda i: scored(i, inside="test"), "no loader"),
     "level": (lambda i: scored(i, level=95.0), "between 0 and 1"),
+    "seed": (lambda i: scored(i, seed="0"), "seed must be an integer"),
+    "comparison seed": (lambda i: compare({"a": scored(i)}, seed=None), "seed must be an integer"),
     "resamples": (lambda i: scored(i, resamples=0), "resamples"),
     "no methods": (lambda i: compare({}), "by method"),
+    "method name": (lambda i: compare({1: scored(i)}), "by method"),
     "no evaluation": (lambda i: compare({"a": i}), "evaluate"),
     "comparison level": (lambda i: compare({"a": scored(i)}, level=95), "between 0 and 1"),
     "unknown baseline": (lambda i: compare({"a": scored(i)}, baseline="b"), "none of the methods"),

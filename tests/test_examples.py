@@ -190,6 +190,20 @@ def test_cifar(tmp_path):
     assert rows_of(printed.replace("±", ""), ["clean", "corrupted"], 8)
 
 
+def test_benchmark_of_the_memory_of_predictions():
+    """At most two batches of activations, on a few small images."""
+    sizes = ["--images", "100", "--batch", "50", "--particles", "3", "--side", "8"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "prediction_memory.py"), *sizes]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = result.stdout.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["loop", "vmap"]
+    for row in rows:
+        one_batch, peak, _, ratio = map(float, row.split()[-5:-1])
+        assert abs(ratio - peak / one_batch) < 0.1
+        assert 1 <= ratio <= 2
+
+
 def test_benchmark_of_deep_networks():
     """All tables but that of compiled steps, which takes long."""
     command = [sys.executable, str(ROOT / "benchmarks" / "deep.py"), "--smoke"]

@@ -24,6 +24,8 @@ from pyro_fordes import (
     bayesianize,
     to_arviz,
 )
+from pyro_fordes.log_joint import LogJoint
+from pyro_fordes.particles import OneProcess
 from tests.models import Classifier
 
 NUM_DATA = 30
@@ -411,6 +413,74 @@ def test_what_cannot_be_exported_says_so(trained):
         to_arviz(trained, X, Y, prior=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dims": ["w"]}, "dims=.*must be a mapping"),
+        ({"dims": {"w": [3]}}, "must give a list of names"),
+        ({"dims": {"w": None}}, "must give a list of names"),
+        ({"dims": {"w": ["draw"]}}, "must differ from each other and from 'chain'"),
+        ({"dims": {"large": ["a", "a"]}}, "must differ from each other"),
+        ({"coords": ["a"]}, "coords=.*must be a mapping"),
+        ({"coords": {"groups": 3}}, "must give a list of labels"),
+        ({"coords": {"groups": "abc"}}, "must give a list of labels"),
+        ({"coords": {"groups": [[1], [2], [3]]}}, "must give a list of labels"),
+        ({"coords": {"groups": [[1], [2, 3], []]}}, "must give a list of labels"),
+        ({"groups": 3}, "must be a list of names from"),
+        ({"sites": 3}, "must be a list of names or patterns"),
+        ({"seed": None}, "seed must be an integer"),
+        ({"seed": 2**70}, "seed must be an integer"),
+    ],
+)
+def test_bad_options_say_what_is_wanted(trained, options, match):
+    with pytest.raises(ArgumentError, match=match):
+        to_arviz(trained, X, Y, **options)
+
+
+def test_an_inference_is_no_two_chains(trained):
+    with pytest.raises(ArgumentError, match="got an inference twice"):
+        to_arviz([trained, trained], X, Y)
+
+
+def test_deterministic_sites_are_named_after_plates():
+    """Pyro takes all of their axes for event axes unless told otherwise."""
+
+    def plates(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.deterministic("outside", w * x)
+        with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 4, dim=-1):
+            pyro.deterministic("both", w * x.expand(3, 4))
+            pyro.deterministic("event", w * torch.ones(3, 4, 2))
+            pyro.deterministic("told", w * torch.ones(3, 4, 4), event_dim=1)
+            pyro.deterministic("other", w * torch.ones(7))
+
+    inference = start(plates, 2)
+    inference.setup(X[:4])
+    posterior = to_arviz(inference, X[:4])["posterior"]
+    assert posterior["outside"].dims[2:] == ("outside_dim_0",)
+    assert posterior["both"].dims[2:] == ("rows", "columns")
+    assert posterior["event"].dims[2:] == ("rows", "columns", "event_dim_2")
+    assert posterior["told"].dims[2:] == ("rows", "columns", "told_dim_2")
+    assert posterior["other"].dims[2:] == ("other_dim_0",)
+
+
+def test_a_trajectory_of_no_site():
+    inference = start(model, 2, diagnostics_every=1)
+    inference.run(3, X, Y, progress_bar=False, callback=Trajectory(sites=[]))
+    data = to_arviz(inference, X, Y, trajectory=True)
+    assert groups_of(data) == {"sample_stats", "observed_data", "constant_data"}
+    assert dict(data["sample_stats"]["lp"].sizes) == {"chain": 2, "draw": 3}
+
+
+def test_a_trajectory_has_no_densities():
+    inference = start(model, 2)
+    inference.run(3, X, Y, progress_bar=False, callback=Trajectory())
+    data = to_arviz(inference, X, Y, trajectory=True, groups=["log_likelihood", "constant_data"])
+    assert groups_of(data) == {"constant_data"}
+    with pytest.raises(ArgumentError, match="sites must be a list"):
+        Trajectory(sites=3)
+
+
 def test_without_arviz_the_error_has_the_command(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'pyro-fordes\[arviz\]'"):
@@ -468,6 +538,49 @@ def test_trajectory_keeps_its_limit():
     with pytest.warns(UserWarning, match="left out the sites 'large'"):
         to_arviz(inference, X, Y, trajectory=True)
     assert Trajectory(every=10, limit=2).limit == 2
+
+
+def test_only_the_sites_that_are_asked_for_are_gathered(trained, monkeypatch):
+    """Under torchrun each would travel, at every record."""
+    gathered, constrained = [], []
+    call, constrain = OneProcess.__call__, LogJoint.constrain
+
+    def counting(self, values, latents):
+        constrained.extend(values)
+        return constrain(self, values, latents)
+
+    def gathering(self, local):
+        gathered.append(tuple(local.shape))
+        return call(self, local)
+
+    monkeypatch.setattr(LogJoint, "constrain", counting)
+    monkeypatch.setattr(OneProcess, "__call__", gathering)
+    trajectory = Trajectory(sites=["w", "l*"], max_site_size=29)
+    trajectory(trained, 0, 1.0)
+    assert constrained == ["w"]
+    assert gathered == [(25, 2)]
+    assert trajectory.omitted == ["large"]
+    torch.testing.assert_close(trajectory.samples()["w"][0], trained.get_samples()["w"])
+    del constrained[:]
+    to_arviz(trained, X, Y, sites=["sigma"], groups=["posterior"])
+    assert constrained == ["sigma"]
+    del constrained[:]
+    to_arviz(trained, X, Y, groups=["observed_data"])
+    assert constrained == []
+
+
+def test_trajectory_measures_values_in_their_support():
+    """A simplex has one number more than the line that it is mapped to."""
+
+    def weights():
+        pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+
+    inference = start(weights, 2)
+    for size, kept in ((3, True), (2, False)):
+        trajectory = Trajectory(max_site_size=size)
+        inference._trajectory = None
+        inference.run(1, progress_bar=False, callback=trajectory)
+        assert ("p" in trajectory.samples()) == kept
 
 
 def test_trajectory_says_what_it_cannot_do():

@@ -213,6 +213,40 @@ BAD = {
         lambda: plots.input_gradients(rand(2, 4, 4), axes=[plt.figure().subplots()]), "2 axes"
     ),
     "no square": (lambda: plots.kernel_matrix(rand(2, 3)), "particle, particle"),
+    "no reliability but a tensor": (lambda: plots.reliability(rand(3)), "got Tensor"),
+    "no reliability by name": (lambda: plots.reliability({"a": 3}), "needs a Reliability"),
+    "no axes": (lambda: plots.kernel_matrix(torch.eye(2), axes=3), "axes of matplotlib.*int"),
+    "NaN band": (lambda: plots.regression_band(rand(5), rand(3, 5) * math.nan), "15 are not"),
+    "band data": (lambda: plots.regression_band(rand(5), rand(3, 5), data=rand(4)), "a pair"),
+    "band data lengths": (
+        lambda: plots.regression_band(rand(5), rand(3, 5), data=(rand(4), rand(3))), "4 and 3"
+    ),
+    "lines": (lambda: plots.regression_band(rand(5), rand(3, 5), lines=-1), "lines must be"),
+    "noise text": (lambda: plots.regression_band(rand(5), rand(3, 5), "a"), "sd must be a number"),
+    "label of no class": (
+        lambda: plots.decision_map(classifier, POINTS, LABELS[:20] + 7, size=5), "between 0 and"
+    ),
+    "label list": (lambda: plots.decision_map(classifier, POINTS, [0] * 20, size=5), "got list"),
+    "logits": (
+        lambda: plots.decision_map(lambda x: classifier(x) + 1, POINTS, LABELS[:20]), "normalised"
+    ),
+    "one class": (
+        lambda: plots.decision_map(lambda x: 0 * classifier(x)[..., :1], POINTS, LABELS[:20]),
+        "at least 2 classes",
+    ),
+    "size": (lambda: plots.decision_map(classifier, POINTS, LABELS[:20], size=1), "at least 2"),
+    "margin": (lambda: plots.decision_map(classifier, POINTS, LABELS[:20], margin="a"), "margin"),
+    "no function": (lambda: plots.decision_map(POINTS, POINTS, LABELS[:20]), "a function"),
+    "NaN points": (lambda: plots.decision_map(classifier, POINTS * math.nan, LABELS), "finite"),
+    "vmax": (lambda: plots.uncertainty_map(classifier, POINTS, LABELS[:20], vmax=0), "vmax"),
+    "no table": (lambda: plots.corruption_curves(3), "table must be.*got int"),
+    "image": (lambda: plots.input_gradients(rand(2, 4, 4), rand(2, 4, 4)), "1 or 3 channels"),
+    "no gradients": (lambda: plots.input_gradients(rand(0, 4, 4)), "some values"),
+    "NaN kernel": (lambda: plots.kernel_matrix(torch.eye(3) * math.nan), "finite"),
+    "other records": (lambda: plots.training([{"step": 1}]), "effective_particles"),
+    "records": (lambda: plots.training(3), "lists of what"),
+    "bins": (lambda: plots.ood_histograms(rand(3), rand(3), bins=0), "bins must be"),
+    "outside list": (lambda: plots.ood_histograms(rand(3), [rand(3)]), "got list"),
     "no records": (lambda: plots.training([]), "got none"),
     "NaN scores": (lambda: plots.ood_histograms(rand(3), rand(3) * math.nan), "3 are not"),
     "no scores": (lambda: plots.ood_histograms(rand(0), rand(3)), "some values"),
@@ -224,6 +258,11 @@ def test_bad_input(case):
     wrong, pattern = BAD[case]
     with pytest.raises(ArgumentError, match=pattern):
         wrong()
+
+
+def test_scores_may_be_integers():
+    axes = plots.ood_histograms(torch.arange(4), torch.arange(3))
+    assert axes.get_legend_handles_labels()[1] == ["test (mean 1.50)", "outside (mean 1.00)"]
 
 
 def test_matplotlib_is_optional(monkeypatch):

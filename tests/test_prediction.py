@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from torch import nn
+from torch.distributions.transforms import SigmoidTransform
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -240,6 +241,73 @@ def test_a_wrong_call_says_so():
     alone = ParticleInference(regression, pyro.optim.Adam({"lr": 0.1}), 3, transport=Ensemble())
     with pytest.raises(RuntimeError, match="no particles yet"):
         ParticlePredictive(alone)(*new)
+
+
+def test_bad_arguments_are_refused_by_errors_of_ours():
+    """What torch says of them is told, as an error that can be caught as any of ours."""
+    inference, _, _ = fitted("hierarchy")
+    predict = ParticlePredictive(inference)
+    with pytest.raises(ModelError, match=r"\(5, 2\) tensor.*must match the size"):
+        predict(NEW, GROUP[:3])
+    with pytest.raises(ModelError, match="cannot be run with the arguments"):
+        predict.mean("x", GROUP)
+    for loader in (3, None):
+        with pytest.raises(ArgumentError, match="loader must be an iterable of batches"):
+            predict.predict(loader, progress_bar=False)
+    for sites in (3, [3], [None]):
+        with pytest.raises(ArgumentError, match="return_sites must be a list of names"):
+            ParticlePredictive(inference, return_sites=sites)
+
+
+RETURNED = {
+    "number": (lambda y: 1.5, None),
+    "tree": (lambda y: {"twice": 2 * y, "both": (y, 3)}, None),
+    "nothing": (lambda y: None, "the model returns nothing"),
+    "distribution": (lambda y: dist.Normal(y, 1.0), "the model returns Normal"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_the_model_returns(name):
+    make, message = RETURNED[name]
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return make(pyro.sample("y", dist.Normal(w * x, 1.0), obs=y))
+
+    inference = ParticleInference(
+        model, pyro.optim.Adam({"lr": 0.1}), 3, transport=Ensemble(), seed=0
+    )
+    inference.step(X[:, 0], X[:, 1])
+    predict = ParticlePredictive(inference, ["y", "_RETURN"])
+    if message is not None:
+        with pytest.raises(ArgumentError, match=message):
+            predict(X[:, 0])
+        return
+    found = predict(X[:, 0])
+    expected = make(found["y"])
+    if name == "number":
+        assert found["_RETURN"].tolist() == [expected] * 3
+    else:
+        torch.testing.assert_close(found["_RETURN"]["twice"], expected["twice"])
+        torch.testing.assert_close(found["_RETURN"]["both"][0], expected["both"][0])
+        assert found["_RETURN"]["both"][1].tolist() == [3] * 3
+
+
+def test_a_distribution_without_a_mean_is_named():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        fn = dist.TransformedDistribution(dist.Normal(w * x, 1.0), [SigmoidTransform()])
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", fn, obs=y)
+
+    inference = ParticleInference(
+        model, pyro.optim.Adam({"lr": 0.1}), 3, transport=Ensemble(), seed=0
+    )
+    inference.step(X[:, 0], X[:, 1].sigmoid())
+    with pytest.raises(ModelError, match="no mean of the TransformedDistribution of site 'y'"):
+        ParticlePredictive(inference).mean(X[:, 0])
 
 
 # ---------------------------------------------------------------- beside pyro.infer.Predictive

@@ -56,6 +56,15 @@ def check_log_probs(log_probs: Tensor) -> Tensor:
     return checked
 
 
+def check_densities(log_probs: Tensor) -> Tensor:
+    """Log densities of observations under each particle."""
+    if isinstance(log_probs, Tensor) and log_probs.dim() == 3:
+        raise ArgumentError(
+            f"log_probs is {describe(log_probs)}: log probabilities of classes need labels="
+        )
+    return check_floats("log_probs", log_probs, ("particle", "point"), log=True)
+
+
 def check_several(log_probs: Tensor) -> Tensor:
     """Log probabilities of at least two particles."""
     log_probs = check_log_probs(log_probs)

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_positive_int, describe
-from pyro_fordes.metrics._inputs import check_classes, check_floats, log_mean
+from pyro_fordes._checks import ArgumentError, check_positive_int
+from pyro_fordes.metrics._inputs import check_classes, check_densities, log_mean
 
 
 def nll(log_probs: Tensor, labels: Tensor | None = None) -> Float[Tensor, ""]:
@@ -36,7 +36,9 @@ def nll(log_probs: Tensor, labels: Tensor | None = None) -> Float[Tensor, ""]:
         >>> nll(torch.distributions.Normal(torch.zeros(2, 1), 1.0).log_prob(torch.zeros(1)))
         tensor(0.9189)
     """
-    return point_nll(log_probs, labels).mean()
+    if labels is None:
+        return point_nll(check_densities(log_probs)).mean()
+    return point_nll(*check_classes(log_probs, labels)).mean()
 
 
 def brier(log_probs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
@@ -60,7 +62,7 @@ def brier(log_probs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
         >>> brier(torch.tensor([[[0.75, 0.25]]]).log(), torch.tensor([0]))  # 2 (1/4)^2
         tensor(0.1250)
     """
-    return point_brier(log_probs, labels).mean()
+    return point_brier(*check_classes(log_probs, labels)).mean()
 
 
 def accuracy(log_probs: Tensor, labels: Tensor, *, top_k: int = 1) -> Float[Tensor, ""]:
@@ -85,6 +87,10 @@ def accuracy(log_probs: Tensor, labels: Tensor, *, top_k: int = 1) -> Float[Tens
         >>> accuracy(log_probs, torch.tensor([0, 1]), top_k=2)
         tensor(1.)
     """
+    log_probs, labels = check_classes(log_probs, labels)
+    classes = log_probs.shape[-1]
+    if check_positive_int("top_k", top_k) > classes:
+        raise ArgumentError(f"top_k must be at most the number of classes, {classes}; got {top_k}")
     return point_correct(log_probs, labels, top_k=top_k).mean()
 
 
@@ -121,7 +127,8 @@ def ece(
         >>> ece(log_probs, torch.tensor([0, 1, 1]), bins=1)  # |2/3 - 0.7|
         tensor(0.0333)
     """
-    _, gaps = _binned(*point_confidence(log_probs, labels), bins, adaptive)
+    found = point_confidence(*check_classes(log_probs, labels))
+    _, gaps = _binned(*found, bins, adaptive)
     return gaps.abs().sum() / log_probs.shape[1]
 
 
@@ -169,29 +176,22 @@ def reliability(
         >>> found.confidence, found.accuracy, found.points
         (tensor([0.6000, 0.7500]), tensor([1.0000, 0.5000]), tensor([1., 2.]))
     """
-    return reliability_of(*point_confidence(log_probs, labels), bins=bins, adaptive=adaptive)
+    found = point_confidence(*check_classes(log_probs, labels))
+    return reliability_of(*found, bins=bins, adaptive=adaptive)
 
 
-# ---------------------------------------------------------------- point by point
+# ---------------------------------------------------------------- point by point, already checked
 
 
 def point_nll(log_probs: Tensor, labels: Tensor | None = None) -> Float[Tensor, " point"]:
     """The terms that `nll` is the mean of."""
     if labels is not None:
-        log_probs, labels = check_classes(log_probs, labels)
         log_probs = log_probs[:, torch.arange(len(labels), device=labels.device), labels]
-    elif isinstance(log_probs, Tensor) and log_probs.dim() == 3:
-        raise ArgumentError(
-            f"log_probs is {describe(log_probs)}: log probabilities of classes need labels="
-        )
-    else:
-        log_probs = check_floats("log_probs", log_probs, ("particle", "point"), log=True)
     return -log_mean(log_probs)
 
 
 def point_brier(log_probs: Tensor, labels: Tensor) -> Float[Tensor, " point"]:
     """The terms that `brier` is the mean of."""
-    log_probs, labels = check_classes(log_probs, labels)
     probs = log_mean(log_probs).exp()
     truth = torch.nn.functional.one_hot(labels, probs.shape[-1])
     return (probs - truth).square().sum(-1)
@@ -199,10 +199,6 @@ def point_brier(log_probs: Tensor, labels: Tensor) -> Float[Tensor, " point"]:
 
 def point_correct(log_probs: Tensor, labels: Tensor, *, top_k: int = 1) -> Float[Tensor, " point"]:
     """1 where the label is among the ``top_k`` most probable classes, else 0."""
-    log_probs, labels = check_classes(log_probs, labels)
-    classes = log_probs.shape[-1]
-    if check_positive_int("top_k", top_k) > classes:
-        raise ArgumentError(f"top_k must be at most the number of classes, {classes}; got {top_k}")
     named = log_mean(log_probs).topk(top_k).indices
     return (named == labels.unsqueeze(1)).any(1).to(log_probs.dtype)
 
@@ -211,7 +207,6 @@ def point_confidence(
     log_probs: Tensor, labels: Tensor
 ) -> tuple[Float[Tensor, " point"], Float[Tensor, " point"]]:
     """The largest mean probability of each point, and 1 where its class is the label, else 0."""
-    log_probs, labels = check_classes(log_probs, labels)
     highest, predicted = log_mean(log_probs).max(-1)
     return highest.exp(), (predicted == labels).to(highest.dtype)
 

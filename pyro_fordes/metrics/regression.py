@@ -25,6 +25,7 @@ def rmse(predictions: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         >>> rmse(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([2.0, 4.0]))
         tensor(1.4142)
     """
+    predictions, targets, _ = check_regression(predictions, targets, None)
     return point_squared_error(predictions, targets).mean().sqrt()
 
 
@@ -62,7 +63,7 @@ def crps(predictions: Tensor, targets: Tensor, sd: Tensor | None = None) -> Floa
         >>> crps(torch.tensor([[0.0]]), torch.tensor([0.0]), torch.tensor([[1.0]]))
         tensor(0.2337)
     """
-    return point_crps(predictions, targets, sd).mean()
+    return point_crps(*check_regression(predictions, targets, sd)).mean()
 
 
 def coverage(
@@ -95,15 +96,15 @@ def coverage(
         >>> coverage(mean, torch.tensor([-1.7, 0.0, 1.6]), sd)  # the interval is ±1.645
         tensor(0.6667)
     """
-    return point_covered(predictions, targets, sd, level=level).mean()
+    given = check_regression(predictions, targets, sd)
+    return point_covered(*given, level=check_level(level)).mean()
 
 
-# ---------------------------------------------------------------- point by point
+# ---------------------------------------------------------------- point by point, already checked
 
 
 def point_squared_error(predictions: Tensor, targets: Tensor) -> Float[Tensor, " point"]:
     """The terms that `rmse` is the root of the mean of."""
-    predictions, targets, _ = _check_regression(predictions, targets, None)
     return (predictions.mean(0) - targets).square()
 
 
@@ -111,7 +112,6 @@ def point_crps(
     predictions: Tensor, targets: Tensor, sd: Tensor | None = None
 ) -> Float[Tensor, " point"]:
     """The terms that `crps` is the mean of."""
-    predictions, targets, sd = _check_regression(predictions, targets, sd)
     count = len(predictions)
     errors = predictions - targets
     if sd is None:
@@ -128,8 +128,6 @@ def point_covered(
     predictions: Tensor, targets: Tensor, sd: Tensor | None = None, *, level: float = 0.9
 ) -> Float[Tensor, " point"]:
     """1 where the target lies in the interval of `coverage`, else 0."""
-    predictions, targets, sd = _check_regression(predictions, targets, sd)
-    check_level(level)
     low, high = (1 - level) / 2, (1 + level) / 2
     if sd is None:
         not_above = (predictions <= targets).to(targets.dtype).mean(0)
@@ -153,7 +151,7 @@ def _mean_absolute(
     return sd * density + mean * torch.erf(ratio * math.sqrt(0.5))
 
 
-def _check_regression(
+def check_regression(
     predictions: Tensor, targets: Tensor, sd: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Predictions, targets and standard deviations that fit each other, in one type."""

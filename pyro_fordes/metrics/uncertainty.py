@@ -75,12 +75,7 @@ def uncertainty(log_probs: Tensor) -> Uncertainty:
         >>> total, aleatoric, epistemic  # log 2
         (tensor([0.6931]), tensor([0.]), tensor([0.6931]))
     """
-    log_probs = check_log_probs(log_probs)
-    mean = log_mean(log_probs)
-    total, aleatoric = entropy_of(mean), entropy_of(log_probs).mean(0)
-    # A sum of the other classes keeps digits that 1 minus the largest would lose near 1.
-    others = mean.exp().scatter(-1, mean.argmax(-1, keepdim=True), 0.0)
-    return Uncertainty(total, aleatoric, (total - aleatoric).clamp_min(0), others.sum(-1))
+    return point_uncertainty(check_log_probs(log_probs))
 
 
 def detection(inside: Tensor, outside: Tensor) -> Detection:
@@ -143,7 +138,7 @@ def disagreement(log_probs: Tensor) -> Float[Tensor, ""]:
         >>> disagreement(probs.log())  # two pairs of three
         tensor(0.6667)
     """
-    return point_disagreement(log_probs).mean()
+    return point_disagreement(check_several(log_probs)).mean()
 
 
 def pairwise_kl(log_probs: Tensor) -> Float[Tensor, ""]:
@@ -176,9 +171,20 @@ def pairwise_kl(log_probs: Tensor) -> Float[Tensor, ""]:
     return total / (len(log_probs) * (len(log_probs) - 1))
 
 
+# ---------------------------------------------------------------- point by point, already checked
+
+
+def point_uncertainty(log_probs: Float[Tensor, "particle point class"]) -> Uncertainty:
+    """What `uncertainty` returns."""
+    mean = log_mean(log_probs)
+    total, aleatoric = entropy_of(mean), entropy_of(log_probs).mean(0)
+    # A sum of the other classes keeps digits that 1 minus the largest would lose near 1.
+    others = mean.exp().scatter(-1, mean.argmax(-1, keepdim=True), 0.0)
+    return Uncertainty(total, aleatoric, (total - aleatoric).clamp_min(0), others.sum(-1))
+
+
 def point_disagreement(log_probs: Tensor) -> Float[Tensor, " point"]:
     """The terms that `disagreement` is the mean of."""
-    log_probs = check_several(log_probs)
     count, _, classes = log_probs.shape
     votes = torch.nn.functional.one_hot(log_probs.argmax(-1), classes).sum(0)
     agreeing = (votes * (votes - 1)).sum(-1).to(log_probs.dtype)

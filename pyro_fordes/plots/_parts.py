@@ -1,5 +1,6 @@
 """What all plots share: axes, arrays and names of axes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,8 +28,18 @@ LABELS = {
 def new_axes(axes: Any, size: tuple[float, float]) -> Any:
     """The axes given, or those of a new figure."""
     if axes is not None:
+        check_axes([axes])
         return axes
     return require("matplotlib.pyplot").subplots(figsize=size, layout="constrained")[1]
+
+
+def check_axes(axes: Any, count: int = 1) -> list[Any]:
+    """Some axes as a list, or an `ArgumentError` if they are no axes or not so many."""
+    cells = list(axes) if isinstance(axes, Iterable) else [axes]
+    strange = [type(cell).__name__ for cell in cells if not hasattr(cell, "imshow")]
+    if strange or len(cells) != count:
+        raise ArgumentError(f"axes must be {count} axes of matplotlib, got {strange or len(cells)}")
+    return cells
 
 
 def to_array(tensor: Any) -> Any:
@@ -37,7 +48,10 @@ def to_array(tensor: Any) -> Any:
 
 
 def check_shape(name: str, value: Any, axes: int) -> None:
-    """Raise an `ArgumentError` unless a value is a tensor with some points and so many axes."""
+    """Raise an `ArgumentError` unless a value is a tensor of finite numbers with so many axes."""
     if not isinstance(value, Tensor) or value.dim() != axes or value.numel() == 0:
         got = describe(value) if isinstance(value, Tensor) else type(value).__name__
         raise ArgumentError(f"{name} must be a tensor with {axes} axes and some values, got {got}")
+    bad = int((~value.isfinite()).sum())
+    if bad:
+        raise ArgumentError(f"{name} must be finite, but {bad} are not")

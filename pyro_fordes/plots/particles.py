@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_fordes._checks import ArgumentError, describe, require
-from pyro_fordes.plots._parts import check_shape, new_axes, to_array
+from pyro_fordes.plots._parts import check_axes, check_shape, new_axes, to_array
 
 
 def input_gradients(
@@ -40,6 +40,9 @@ def input_gradients(
         got = describe(gradients) if isinstance(gradients, Tensor) else type(gradients).__name__
         raise ArgumentError(f"gradients must be (particle, height, width) or (particle, channel, "
                             f"height, width), got {got}")  # fmt: skip
+    check_shape("gradients", gradients, gradients.dim())
+    if image is not None:
+        _check_image(image)
     if gradients.dim() == 4:
         gradients = gradients.mean(1)
     count = len(gradients) + (image is not None)
@@ -49,11 +52,7 @@ def input_gradients(
         size = (1.35 * count + 0.9, 2.3)
         figure, axes = plt.subplots(1, count, figsize=size, layout="compressed", squeeze=False)
         axes = axes[0]
-    cells = list(axes)  # type: ignore[arg-type]
-    if len(cells) != count:
-        raise ArgumentError(
-            f"input_gradients needs {count} axes for its pictures, got {len(cells)}"
-        )
+    cells = check_axes(axes, count)
     shown = cells
     if image is not None:
         picture = image.movedim(0, -1).squeeze(-1) if image.dim() == 3 else image
@@ -140,12 +139,14 @@ def training(
         MissingDependencyError: if matplotlib is not installed.
     """
     runs = dict(records) if isinstance(records, Mapping) else {"": records}
+    for run in runs.values():
+        _check_records(run)
     if not runs or not all(len(run) for run in runs.values()):
         raise ArgumentError("training(...) needs records of inference.diagnostics(); got none")
     if axes is None:
         plt = require("matplotlib.pyplot")
         _, axes = plt.subplots(2, 1, figsize=(6.4, 5.0), sharex=True, layout="constrained")
-    upper, lower = axes
+    upper, lower = check_axes(axes, 2)
     largest = 1
     for number, (name, run) in enumerate(runs.items()):
         measured = {record["step"]: record for record in run}
@@ -165,6 +166,32 @@ def training(
     for cell in (upper, lower):
         cell.legend(frameon=False, fontsize="small")
     return axes
+
+
+def _check_image(image: Any) -> None:
+    """An image must be (height, width), or have 1, 3 or 4 channels first."""
+    fits = isinstance(image, Tensor) and (
+        image.dim() == 2 or (image.dim() == 3 and len(image) in (1, 3, 4))
+    )
+    if not fits:
+        got = describe(image) if isinstance(image, Tensor) else type(image).__name__
+        raise ArgumentError(
+            f"image must be (height, width) or (channel, height, width) with 1 or 3 channels, got "
+            f"{got}"
+        )
+    check_shape("image", image, image.dim())
+
+
+def _check_records(run: Any) -> None:
+    """Records of a run must be what ``diagnostics`` gives."""
+    wanted = ("step", "force_ratio", "effective_particles", "log_joint")
+    if not isinstance(run, Sequence) or not all(
+        isinstance(record, Mapping) and all(name in record for name in wanted) for record in run
+    ):
+        raise ArgumentError(
+            f"training(...) needs lists of what inference.diagnostics() gave, mappings with "
+            f"{list(wanted)}"
+        )
 
 
 def _with_cosine(name: str, gradients: Float[Tensor, "particle height width"]) -> str:

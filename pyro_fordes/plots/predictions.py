@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_choice, describe, require
+from pyro_fordes._checks import (
+    ArgumentError,
+    check_choice,
+    check_number,
+    check_positive_int,
+    describe,
+    require,
+)
+from pyro_fordes.metrics._inputs import check_log_probs
 from pyro_fordes.metrics.uncertainty import uncertainty
 from pyro_fordes.plots._parts import LABELS, check_shape, new_axes, to_array
 
@@ -47,6 +55,11 @@ def regression_band(
         raise ArgumentError(
             f"predictions must be (particle, {len(x)}) to fit x, got {describe(predictions)}"
         )
+    if isinstance(lines, bool) or not isinstance(lines, int) or lines < 0:
+        raise ArgumentError(f"lines must be an integer of at least 0, got {lines!r}")
+    noise = None if sd is None else _noise(sd, predictions)
+    if data is not None:
+        _check_data(data)
     axes = new_axes(axes, (6.4, 4.0))
     order = x.argsort()
     x, predictions = x[order], predictions[:, order]
@@ -57,15 +70,8 @@ def regression_band(
         low, high = to_array(mean - 2 * deviation), to_array(mean + 2 * deviation)
         axes.fill_between(places, low, high, color="C0", alpha=alpha, linewidth=0, label=label)
 
-    if sd is not None:
-        noise = torch.as_tensor(sd, dtype=predictions.dtype, device=predictions.device)
-        if noise.dim() and noise.shape != predictions.shape:
-            raise ArgumentError(
-                f"sd must be a number or of the shape of predictions, {tuple(predictions.shape)}, "
-                f"got {describe(noise)}"
-            )
-        noise = noise.expand_as(predictions) if noise.dim() == 0 else noise[:, order]
-        total = (variance + noise.square().mean(0)).sqrt()
+    if noise is not None:
+        total = (variance + noise[:, order].square().mean(0)).sqrt()
         band(total, 0.18, "± 2 sd with noise")
     band(variance.sqrt(), 0.35, "± 2 sd of the particles")
     for function in predictions[:lines]:
@@ -170,6 +176,8 @@ def uncertainty_map(
         MissingDependencyError: if matplotlib is not installed.
     """
     check_choice("kind", kind, ("epistemic", "aleatoric", "total", "least_confidence"))
+    if vmax is not None:
+        check_number("vmax", vmax, minimum=0.0, exclusive=True)
     grid = _Grid(points, margin, size)
     values = grid.evaluate(log_probs)
     classes = values.shape[-1]
@@ -196,11 +204,38 @@ def uncertainty_map(
 # ---------------------------------------------------------------- parts
 
 
+def _noise(sd: Any, predictions: Tensor) -> Tensor:
+    """Standard deviations of the noise, of the shape of the predictions."""
+    if not isinstance(sd, Tensor):
+        sd = torch.tensor(check_number("sd", sd))
+    if sd.dim() and sd.shape != predictions.shape:
+        raise ArgumentError(
+            f"sd must be a number or of the shape of predictions, {tuple(predictions.shape)}, "
+            f"got {describe(sd)}"
+        )
+    check_shape("sd", sd, sd.dim())
+    return sd.to(predictions).expand_as(predictions)
+
+
+def _check_data(data: Any) -> None:
+    """Observed inputs and outputs must be two tensors of one length."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise ArgumentError("data must be a pair of tensors, inputs and outputs")
+    for name, values in zip(("inputs in data", "outputs in data"), data, strict=True):
+        check_shape(name, values, 1)
+    if len(data[0]) != len(data[1]):
+        raise ArgumentError(f"data must have as many inputs as outputs, got {len(data[0])} and "
+                            f"{len(data[1])}")  # fmt: skip
+
+
 class _Grid:
     """A grid of inputs around some points."""
 
     def __init__(self, points: Tensor, margin: float, size: int) -> None:
         check_shape("points", points, 2)
+        check_number("margin", margin, minimum=0.0)
+        if check_positive_int("size", size) < 2:
+            raise ArgumentError("size must be at least 2, got 1")
         if points.shape[1] != 2:
             raise ArgumentError(f"points must have two inputs, (point, 2), got {describe(points)}")
         low, high = points.min(0).values, points.max(0).values
@@ -216,6 +251,10 @@ class _Grid:
 
     def evaluate(self, log_probs: Callable[[Tensor], Tensor]) -> Tensor:
         """Log probabilities on the grid."""
+        if not callable(log_probs):
+            raise ArgumentError(
+                f"log_probs must be a function of inputs (point, 2), got {type(log_probs).__name__}"
+            )
         values = log_probs(self.points)
         wanted = f"(particle, {len(self.points)}, class)"
         if not isinstance(values, Tensor) or values.dim() != 3:
@@ -223,7 +262,10 @@ class _Grid:
             raise ArgumentError(f"log_probs must give {wanted}, got {got}")
         if values.shape[1] != len(self.points):
             raise ArgumentError(f"log_probs must give {wanted}, got {describe(values)}")
-        return values.detach()
+        values = check_log_probs(values.detach())
+        if values.shape[2] < 2:
+            raise ArgumentError("log_probs must be of at least 2 classes, got 1")
+        return values
 
     def image(self, values: Tensor) -> Tensor:
         """Values of the points as rows and columns."""
@@ -232,8 +274,12 @@ class _Grid:
 
 def _scatter(axes: Any, points: Tensor, labels: Tensor, classes: int, edge: str = "black") -> None:
     """Observed points, by class."""
-    if labels.shape != points.shape[:1]:
-        raise ArgumentError(f"labels must be ({len(points)},), got {describe(labels)}")
+    if not isinstance(labels, Tensor) or labels.shape != points.shape[:1]:
+        got = describe(labels) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ArgumentError(f"labels must be a tensor ({len(points)},), got {got}")
+    if not torch.isin(labels, torch.arange(classes, device=labels.device).to(labels)).all():
+        raise ArgumentError(f"labels must be integers between 0 and {classes - 1}, as log_probs "
+                            f"has {classes} classes")  # fmt: skip
     for number in range(classes):
         chosen = points[labels == number]
         axes.scatter(*to_array(chosen).T, s=14, color=f"C{number % 10}", edgecolors=edge,

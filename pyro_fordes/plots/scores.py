@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError
+from pyro_fordes._checks import ArgumentError, check_positive_int
 from pyro_fordes.metrics.classification import Reliability
 from pyro_fordes.plots._parts import LABELS, check_shape, new_axes, to_array
 from pyro_fordes.tables import Table
@@ -39,9 +39,15 @@ def reliability(
         ArgumentError: if nothing is given.
         MissingDependencyError: if matplotlib is not installed.
     """
-    several = {"": found} if isinstance(found, Reliability) else dict(found)
-    if not several:
-        raise ArgumentError("reliability(...) needs a Reliability, or several by name; got none")
+    several = {"": found} if isinstance(found, Reliability) else found
+    if (
+        not isinstance(several, Mapping)
+        or not several
+        or not all(isinstance(one, Reliability) for one in several.values())
+    ):
+        got = several if isinstance(several, Mapping) and not several else type(found).__name__
+        raise ArgumentError("reliability(...) needs a Reliability, or several by name; "
+                            f"got {got or 'none'}")  # fmt: skip
     axes = new_axes(axes, (5.0, 4.6))
     axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
     for number, (name, bins) in enumerate(several.items()):
@@ -87,6 +93,11 @@ def corruption_curves(
         ArgumentError: if the table has no such metric, corruption or data.
         MissingDependencyError: if matplotlib is not installed.
     """
+    if not isinstance(table, Table):
+        raise ArgumentError(
+            f"table must be what compare(...) gives, or an evaluation's .table, got "
+            f"{type(table).__name__}"
+        )
     rows = [
         row
         for row in table.select(metric=metric).rows()
@@ -157,12 +168,14 @@ def ood_histograms(
         MissingDependencyError: if matplotlib is not installed.
     """
     several = {"outside": outside} if isinstance(outside, Tensor) else outside
+    if not isinstance(several, Mapping):
+        raise ArgumentError(
+            f"outside must be a tensor, or several by name, got {type(outside).__name__}"
+        )
+    check_positive_int("bins", bins)
     sets = [(name, inside), *several.items()]
     for which, values in sets:
         check_shape(f"scores of {which!r}", values, 1)
-        if not values.isfinite().all():
-            bad = int((~values.isfinite()).sum())
-            raise ArgumentError(f"scores of {which!r} must be finite, but {bad} are not")
     low = min(float(values.min()) for _, values in sets)
     high = max(float(values.max()) for _, values in sets)
     high = high if high > low else low + 1.0
@@ -171,7 +184,7 @@ def ood_histograms(
         heights = torch.histc(values.detach().double().cpu(), bins, low, high) / len(values)
         edges = torch.linspace(low, high, bins + 1)
         axes.stairs(to_array(heights), to_array(edges), fill=True, color=f"C{number}", alpha=0.3)
-        label = f"{which} (mean {float(values.mean()):.2f})"
+        label = f"{which} (mean {float(values.double().mean()):.2f})"
         axes.stairs(
             to_array(heights), to_array(edges), color=f"C{number}", linewidth=1.3, label=label
         )
