@@ -119,7 +119,7 @@ def evaluate(
         >>> found.table.select(metric="accuracy")["value"]
         [1.0]
     """
-    named = _named_loaders(loaders)
+    named = named_loaders(loaders)
     outside = dict(outside or {})
     check_positive_int("resamples", resamples)
     check_level(level)
@@ -265,7 +265,7 @@ class Evaluation:
 # ---------------------------------------------------------------- arguments
 
 
-def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
+def named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
     """Loaders by name and severity."""
     given = loaders if isinstance(loaders, Mapping) else {"data": loaders}
     if not given:
