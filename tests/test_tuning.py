@@ -250,6 +250,16 @@ def test_the_order_of_candidates_does_not_matter(make, own_generator):
         assert_equal_states(dict(shared), dict(other_shared))
 
 
+def test_a_metric_that_draws_sees_the_same_numbers_for_all():
+    def drawn(inference):
+        return torch.rand(()).item() + np.random.rand() + random.random()
+
+    found = tune(forde, {"scale": [0.0, 1.0]}, shuffled(), epochs=2, metric=drawn, reduction=2,
+                 **QUIET)  # fmt: skip
+    assert found.table["rung"] == [0, 0, 1]
+    assert len(set(found.table["score"])) == 1
+
+
 def test_ties_do_not_depend_on_the_order():
     def same(name):
         return descent(0.1)
