@@ -107,9 +107,10 @@ def tune(
     trains the same inference, if the loader has no generator of its own.
 
     A learning-rate schedule goes on from rung to rung, one step per epoch, as in a single `fit`.
-    One that falls until a last epoch is at its beginning when candidates are compared first: pass
-    it the ``epochs`` of the last rung, and mind that a candidate that needs small steps looks bad
-    early.
+    One that falls until a last epoch must know the ``epochs`` of the last rung, and is at its
+    beginning when candidates are compared first. A candidate that needs small steps looks bad
+    early, and so does strong repulsion, which slows the fit down and pays late: give the first rung
+    enough epochs for a model that has nearly fitted.
 
     Models of all candidates are made at once, which are small beside particles. Particles and
     the optimiser's state are kept for those that may go on only: at most one more than a
