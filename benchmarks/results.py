@@ -177,8 +177,8 @@ def ablations(runs: Runs) -> list[str]:
         "five severities. The base is FoRDE-PCA at twenty times the published strength, with the "
         "median bandwidth per point, normalised gradients of the raw logit, all points, every "
         "step; each row below it changes one of these. ± is the standard error over seeds of the "
-        "difference, which is paired. Strength was not tuned for any row, and the deep ensemble has "
-        "neither tuned weight decay nor input noise; what the latter buys is "
+        "difference, which is paired. Strength was not tuned for any row, and the deep "
+        "ensemble has neither tuned weight decay nor input noise; what the latter buys is "
         "in [examples](examples.md). "
         f"`python examples/ablations.py --seeds {seeds} --runs docs/results/ablations`, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
