@@ -43,5 +43,6 @@ from pyro_fordes.schedules import (
 from pyro_fordes.spaces import Weights as Weights
 from pyro_fordes.trajectory import Trajectory as Trajectory
 from pyro_fordes.transports import SVGD as SVGD, WGD as WGD, Ensemble as Ensemble
+from pyro_fordes.tuning import tune as tune
 
 __version__ = "0.1.0"

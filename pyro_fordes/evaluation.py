@@ -136,7 +136,7 @@ def evaluate(
         >>> found.table.select(metric="accuracy")["value"]
         [1.0]
     """
-    named = _named_loaders(loaders)
+    named = named_loaders(loaders)
     outside = _checked_outside(outside)
     check_positive_int("resamples", resamples)
     check_level(level)
@@ -283,7 +283,7 @@ class Evaluation:
 # ---------------------------------------------------------------- arguments
 
 
-def _named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
+def named_loaders(loaders: Any) -> dict[Key, Iterable[Any]]:
     """Loaders by name and severity."""
     given = loaders if isinstance(loaders, Mapping) else {"data": loaders}
     if not given:

@@ -18,6 +18,8 @@ _NAME, _CELL, _PER_LINE = 24, 19, 4
 class Table:
     """A tidy table: one row for each method, data set, severity and metric.
 
+    That of `tune` has other columns; see there.
+
     Attributes:
         columns: lists of equal length, by name.
 
@@ -125,7 +127,12 @@ class Table:
             raise ArgumentError(f"the table has no column {unknown}; it has {list(self.columns)}")
 
     def __str__(self) -> str:
-        """The table in at most 100 columns: means over severities, no single severity."""
+        """The table in at most 100 columns: means over severities, no single severity.
+
+        One without metrics is shown as it is.
+        """
+        if "metric" not in self.columns:
+            return _as_it_is(self.columns)
         head = f"value ± half of its {self.level:.0%} bootstrap interval over points"
         if self.baseline is not None:
             head += "; * where a difference's leaves out 0"
@@ -171,6 +178,16 @@ class Table:
             cells = [_cell(*[row[end] for end in ends], sign=True) for row in rows]
             lines.append(_line(f"  minus {self.baseline}", cells))
         return lines
+
+
+def _as_it_is(columns: Mapping[str, list]) -> str:
+    """All cells, each column as wide as it must be."""
+    shown = []
+    for name, values in columns.items():
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in values]
+        width = max(map(len, [name, *cells]))
+        shown.append([f"{cell:>{width}}" for cell in (name, *cells)])
+    return "\n".join("  ".join(row) for row in zip(*shown, strict=True))
 
 
 def _header(title: str, metrics: Sequence[str]) -> list[str]:

@@ -35,6 +35,29 @@ def test_digits(tmp_path):
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
+def test_digits_tuned(tmp_path):
+    printed = run("digits.py", "--smoke", "--tune", "--out", tmp_path)
+    assert printed.startswith("seed 0: nll on validation data after 1, 2 epochs; best: strength=")
+    rows = rows_of(printed, ["FoRDE tuned", "deep ensemble  "], 6)
+    assert rows["FoRDE tuned"][2] > 0.5
+
+
+def test_ablations_go_on_where_they_were_stopped(tmp_path):
+    whole = run("ablations.py", "--smoke", "--runs", tmp_path)
+    rows = [row for row in whole.splitlines() if "±" in row]
+    assert len(rows) == 14
+    assert rows[0].startswith("deep ensemble ")
+    # Every row changes something; the heat equation's bandwidth is so small that nothing repels.
+    assert len({row[32:] for row in rows}) == 13
+    files = sorted(tmp_path.glob("*.json"))
+    kept = {path: json.loads(path.read_text()) for path in files}
+    files[3].unlink()
+    content = kept[files[5]]
+    files[5].write_text(json.dumps({**content, "seeds": content["seeds"][:1]}))
+    assert run("ablations.py", "--smoke", "--runs", tmp_path) == whole
+    assert {path: json.loads(path.read_text()) for path in files} == kept
+
+
 def test_regression_1d(tmp_path):
     printed = run("regression_1d.py", "--smoke", "--nuts", "--out", tmp_path)
     rows = printed.splitlines()
