@@ -7,9 +7,11 @@ too, several ranks have the same particles and other points, and gradients are a
 ``docs/scaling.md`` what it costs.
 """
 
+import atexit
 import io
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -152,6 +154,13 @@ def _link(group: Any, ranks: Ranks) -> "Link":
     return Link(ranks.timeout, ranks.silence, ranks.data)
 
 
+def _close(link: "weakref.ref[Link]") -> None:
+    """Close a connection that is still there when the interpreter ends."""
+    found = link()
+    if found is not None:
+        found.close()
+
+
 def blocks(num_particles: int, size: int) -> list[range]:
     """Which particles each of ``size`` ranks owns.
 
@@ -214,7 +223,24 @@ class Link:
         self._what = "start"
         self._unread: Tensor | None = None  # whether data on the device differ
         self._pending: tuple[Any, Tensor, str] | None = None  # a comparison under way
+        self._waiting = 0
+        atexit.register(_close, weakref.ref(self))
         self._wait(dist.barrier(group=self._group, async_op=True))
+
+    def close(self) -> None:
+        """End the groups of this connection, and torch's threads for them.
+
+        A thread that is about to let go of a tensor when the interpreter ends would abort the
+        process. Not where something is under way, as after a failure: its end would be waited for.
+        """
+        if self._waiting or self._pending is not None or not dist.is_initialized():
+            return
+        axes = (self._all, self._column, self._row)
+        groups = {id(one): one for axis in axes for one in (axis.on_cpu, axis.on_gpu) if one}
+        groups.pop(id(dist.group.WORLD), None)
+        del self._group, self._all, self._column, self._row, axes
+        for one in list(groups):
+            dist.destroy_process_group(groups.pop(one))
 
     def _axis(self, members: list[list[int]]) -> Axis:
         """This rank's part of the mesh, from all parts along an axis.
@@ -291,10 +317,12 @@ class Link:
 
     def _wait(self, work: Any, sent: Tensor | None = None) -> None:
         """Wait for an operation: the host on CPUs, the stream of the device on GPUs."""
+        self._waiting += 1
         if sent is not None and sent.is_cuda:
             work.wait()
         else:
             self._watch.wait(work)
+        self._waiting -= 1  # not after a failure: see `close`
 
     # ---------------------------------------------------------------- plain values
 
