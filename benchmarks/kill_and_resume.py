@@ -12,6 +12,7 @@ POSIX only, since the processes are forked.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -134,6 +135,7 @@ def started(name, folder, epochs):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         os.close(read)
         status = 1
         try:
@@ -158,6 +160,8 @@ def killed(name, folder, epochs, steps, pause):
         os.kill(child, signal.SIGKILL)
     os.close(read)
     _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):  # a loader's worker may outlive its parent
+        os.killpg(child, signal.SIGKILL)
     if os.WIFSIGNALED(status):
         return True
     if os.WEXITSTATUS(status) != 0:

@@ -45,7 +45,7 @@ def _order_mean(values: Tensor, low: int, high: int) -> Tensor:
     """
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         # numpy sorts by vector instructions, seven times as fast as torch selects.
-        ordered = torch.from_numpy(np.sort(values.detach().numpy(), axis=-1))
+        ordered = torch.from_numpy(np.sort(values.numpy(), axis=-1))
         return ordered[..., low : high + 1].mean(-1)
     # Selecting twice is faster than sorting, and than kthvalue, which selects one at a time.
     smallest = values.topk(high + 1, dim=-1, largest=False, sorted=False).values

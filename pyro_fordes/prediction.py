@@ -358,7 +358,7 @@ def _mean(name: str, fn: Any) -> Tensor:
         return base.probs
     try:
         return fn.mean
-    except (NotImplementedError, AttributeError) as error:
+    except NotImplementedError as error:
         kind = type(plain_distribution(fn)).__name__
         raise ModelError(
             f"torch knows no mean of the {kind} of site '{name}'; average draws, "

@@ -172,6 +172,7 @@ def tune(
         raise ArgumentError("reduction must be at least 2, or nobody would be left out; got 1")
     if minimum_epochs is not None and check_positive_int("minimum_epochs", minimum_epochs) > epochs:
         raise ArgumentError(f"minimum_epochs={minimum_epochs} is more than epochs={epochs}")
+    # `pyro.set_rng_seed` seeds numpy, too, which takes no negative ones.
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ArgumentError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
     larger = _is_larger_better(metric)

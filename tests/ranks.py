@@ -259,7 +259,7 @@ def fail(how, patched, rank, step):
     """Make something go wrong in one rank at a step, before a method of the link does its work."""
     import torch.distributed as dist
 
-    from pyro_fordes.distributed import Link
+    from pyro_fordes.link import Link
 
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     original = getattr(Link, patched)
@@ -421,14 +421,14 @@ def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False
     import pyro.distributions as dist
     import torch
 
-    from pyro_fordes import RBF, SVGD, InputGradients, ParticleInference, Weights, distributed
+    from pyro_fordes import RBF, SVGD, InputGradients, ParticleInference, Weights, distributed, link
 
     def model(x, y):
         weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
         with pyro.plate("data", len(x) * data_ranks, subsample_size=len(x)):
             pyro.sample("y", dist.Normal((x @ weight).tanh(), 1.0), obs=y)
 
-    payload, sent, summed = [0], distributed._all_gather, distributed._all_reduce
+    payload, sent, summed = [0], link._all_gather, link._all_reduce
 
     def counted(received, block, group):
         payload[0] += (received.numel() - block.numel()) * block.element_size()
@@ -444,7 +444,7 @@ def count_bytes(out, num_particles=5, num_features=50, num_points=10, svgd=False
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(dict(line.split(": ") for line in lines)["wchar"])
 
-    distributed._all_gather, distributed._all_reduce = counted, counted_sum
+    link._all_gather, link._all_reduce = counted, counted_sum
     x, y = torch.randn(num_points, num_features, generator=torch.Generator().manual_seed(0)), None
     y = torch.zeros(num_points)
     kind = (

@@ -114,7 +114,8 @@ ALLOWED = {
     "checkpoint": {"_checks"},
     "watch": {"_checks"},
     "agreement": set(),
-    "distributed": {"_checks", "agreement", "particles", "watch"},
+    "link": {"_checks", "agreement", "watch"},
+    "distributed": {"_checks", "link", "particles"},
     "loops": {"_checks", "_random", "checkpoint", "particles"},
     "initial": {"_checks", "_random", "bnn", "particles", "prototype", "log_joint", "sites"},
     "state": {
