@@ -156,9 +156,9 @@ def ours(network: Network, points: float | None = None, **options: object) -> Ca
     return lambda: inference._update(data, {})
 
 
-def by_hand(network: Network) -> Callable[[], object]:
+def by_hand(network: Network, nets: list[nn.Module] | None = None) -> Callable[[], object]:
     """A deep ensemble in torch: one network after the other, the prior as a penalty."""
-    nets, (x, y) = network.nets(), network.data()
+    nets, (x, y) = nets or network.nets(), network.data()
     optims = [torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM) for net in nets]
 
     def step() -> Tensor:
@@ -175,7 +175,6 @@ def by_hand(network: Network) -> Callable[[], object]:
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    step.nets = nets  # type: ignore[attr-defined]
     return step
 
 
@@ -205,11 +204,12 @@ def check() -> None:
         num_data=NUM_DATA,
         seed=0,
     )
-    hand = by_hand(network)
+    by_themselves = network.nets()
+    hand = by_hand(network, by_themselves)
     for _ in range(3):
         inference.step(*data)
         hand()
-    for i, net in enumerate(hand.nets):  # type: ignore[attr-defined]
+    for i, net in enumerate(by_themselves):
         torch.testing.assert_close(inference.module(i).state_dict(), net.state_dict())
     torch.set_default_dtype(torch.float32)
 
@@ -264,11 +264,12 @@ def networks(options: argparse.Namespace) -> dict[str, Network]:
     }
     if options.smoke:
         return {"CNN": Network(cnn, (3, 8, 8), 4, 2, **place)}
-    return {
+    found = {
         "MLP 64-100-100-10": Network(mlp, (64,), 128, options.particles or 10, **place),
         "ResNet-18": Network(resnet18, (3, 32, 32), batch, particles, **place),
         "ViT-tiny": Network(vit, (3, 32, 32), batch, particles, **place),
     }
+    return {name: one for name, one in found.items() if name.split()[0] in options.networks}
 
 
 def peak(name: str, label: str, options: argparse.Namespace) -> float:
@@ -409,6 +410,8 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", nargs="+", choices=(*TABLES, "all"), default=None)
+    kinds = ("MLP", "ResNet-18", "ViT-tiny")
+    parser.add_argument("--networks", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--particles", type=int)
     parser.add_argument("--batch", type=int, help="of the image networks")

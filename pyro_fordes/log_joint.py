@@ -59,6 +59,7 @@ from pyro_fordes.prototype import (
 )
 from pyro_fordes.randomness import Draws, mixed
 from pyro_fordes.runs import Replay, Run
+from pyro_fordes.second_order import twice_differentiable
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -389,9 +390,7 @@ class LogJoint:
             captured = _NO_CAPTURE if capture is None else capture(Call(seen, modules))
             return log_density.to(log_det.dtype), log_det, self._whole(captured)
 
-        # Second derivatives of fused attention do not exist; the plain one has them.
-        attention = _plain_attention() if input is not None else nullcontext()
-        with attention:
+        with twice_differentiable() if input is not None else nullcontext():
             (log_density, log_det, captured), stacked = self._engine.map(
                 run, values, inputs, stacked, draws=draws
             )
@@ -693,8 +692,3 @@ def _is_identity(transform: Any) -> bool:
     while hasattr(transform, "base_transform"):
         transform = transform.base_transform
     return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
-
-
-def _plain_attention() -> Any:
-    """Scaled dot-product attention by plain operations, which can be differentiated twice."""
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

@@ -28,6 +28,7 @@ ALLOWED = {
     "spaces": {"_checks", "particles"},
     "perturbation": {"_checks", "particles"},
     "precision": {"_checks", "randomness"},
+    "second_order": set(),
     "input_gradients": {
         "_checks",
         "particles",
@@ -55,6 +56,7 @@ ALLOWED = {
         "prototype",
         "randomness",
         "runs",
+        "second_order",
     },
     "prediction": {"_checks", "loops", "metrics", "particles", "randomness", "sites"},
     "labels": {"_checks"},
