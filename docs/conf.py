@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pyro_fordes
 
@@ -41,15 +42,15 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 
 
-def write_example_pages(app: object) -> None:
+def write_example_pages(app: Any) -> None:
     """A page for each script of ``examples/``: its docstring, its figure and its code.
 
     Nothing is run: the scripts are command-line programs, some of which take hours, and the
-    figures are those of a full run.
+    figures are those of a full run. What begins with an underscore is no script.
     """
     folder = HERE / "examples"
     folder.mkdir(exist_ok=True)
-    names = [script.stem for script in sorted(EXAMPLES.glob("*.py"))]
+    names = [script.stem for script in sorted(EXAMPLES.glob("[!_]*.py"))]
     for old in folder.glob("*.rst"):
         if old.stem not in names:
             old.unlink()
@@ -72,11 +73,11 @@ def write_example_pages(app: object) -> None:
             page.write_text(written)
 
 
-def find_short_name(app: object, env: object, node: dict, contnode: object) -> object:
+def find_short_name(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     """Resolve `WGD` in a docstring to ``pyro_fordes.WGD``, and `metrics.nll` likewise."""
     if node.get("reftype") != "obj":
         return None
-    domain = env.domains["py"]  # type: ignore[attr-defined]
+    domain = env.domains["py"]
     owner = node.get("py:class")
     candidates = [f"pyro_fordes.{node['reftarget']}"]
     candidates += [f"{node.get('py:module')}.{node['reftarget']}", f"{owner}.{node['reftarget']}"]
@@ -84,18 +85,12 @@ def find_short_name(app: object, env: object, node: dict, contnode: object) -> o
     for name in candidates:
         if name in domain.objects:
             return domain.resolve_xref(
-                env,
-                node["refdoc"],
-                app.builder,
-                "obj",
-                name,
-                node,
-                contnode,  # type: ignore
+                env, node["refdoc"], app.builder, "obj", name, node, contnode
             )
     return None
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     """Connect the functions above."""
-    app.connect("builder-inited", write_example_pages)  # type: ignore[attr-defined]
-    app.connect("missing-reference", find_short_name)  # type: ignore[attr-defined]
+    app.connect("builder-inited", write_example_pages)
+    app.connect("missing-reference", find_short_name)

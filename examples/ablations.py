@@ -14,21 +14,18 @@ What to expect: two minutes per seed on one core.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import digits
-import pyro
 import torch
+from _run_files import opened, write
 from digits import ENSEMBLE, FORDE, METHODS, Method
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import pyro_fordes
 from pyro_fordes import Fixed, HeatEquation, InputGradients, Median, tuned_lengthscale
 
 BASE = replace(next(one for one in METHODS if one.label == FORDE), label="base: FoRDE-PCA x20")
@@ -81,21 +78,8 @@ def run_file(method: Method, options: argparse.Namespace, bar: Any) -> dict[str,
     settings = {"epochs": options.epochs, "particles": options.particles}
     kept = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in method.label)
     path = options.runs / f"{ROWS.index(method):02}-{kept}.json"
-    content: dict[str, Any] = {
-        "example": "ablations",
-        "method": method.label,
-        "settings": settings,
-        "versions": {
-            "pyro_fordes": pyro_fordes.__version__,
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-        },
-        "seeds": [],
-    }
-    if path.exists():
-        content = json.loads(path.read_text())
-        if content["settings"] != settings:
-            sys.exit(f"{path} is of other settings, {content['settings']}; name another --runs")
+    head = {"example": "ablations", "method": method.label}
+    content = opened(path, head, settings, "seeds")
     severities = (3,) if options.smoke else (1, 2, 3, 4, 5)
     for seed in range(len(content["seeds"]), options.seeds):
         bar.set_postfix_str(f"seed {seed}, {method.label}")
@@ -103,9 +87,7 @@ def run_file(method: Method, options: argparse.Namespace, bar: Any) -> dict[str,
         inference = digits.train(method, data, options.epochs, options.particles, seed, False)
         found = digits.summarise(digits.evaluate(inference, data, severities))
         content["seeds"].append({name: round(value, 6) for name, value in found.items()})
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(path)
+        write(path, content)
         bar.update()
     return content
 

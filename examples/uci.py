@@ -20,7 +20,6 @@ docs/results.md show them so.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _run_files import opened, write
 from pyro.infer import SVGD as PyroSVGD
 from pyro.infer.svgd import RBFSteinKernel
 from pyro.nn import PyroModule
@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
-import pyro_fordes
 from pyro_fordes import (
     RBF,
     SVGD,
@@ -318,36 +317,14 @@ def score(samples: dict[str, Tensor], data: Split) -> dict[str, float]:
     return {"log_likelihood": mixture.mean().item() - math.log(data.scale), "rmse": rmse}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file at once, so that a kill leaves the old one or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 def row(
     name: str, label: str, options: argparse.Namespace, read: Callable[[int], Split]
 ) -> dict[str, Any]:
     """The run file of one method on one set, continued to the wanted number of splits."""
     settings = {"steps": options.steps, "particles": options.particles, "batch": BATCH}
     path = options.runs / f"{name}-{label.replace(' ', '_').replace('/', '')}.json"
-    content = {
-        "example": "uci",
-        "set": name,
-        "method": label,
-        "command": "python examples/uci.py",
-        "settings": settings,
-        "versions": {
-            "pyro_fordes": pyro_fordes.__version__,
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-        },
-        "splits": [],
-    }
-    if path.exists():
-        content = json.loads(path.read_text())
-        if content["settings"] != settings:
-            sys.exit(f"{path} is of other settings, {content['settings']}; name another --runs")
+    head = {"example": "uci", "set": name, "method": label, "command": "python examples/uci.py"}
+    content = opened(path, head, settings, "splits")
     method = METHODS[label]
     for number in range(len(content["splits"]), options.splits):
         data = read(number)

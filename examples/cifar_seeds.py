@@ -1,0 +1,141 @@
+"""CIFAR-10 at the size of one core, seed by seed: what does FoRDE gain on a deep ensemble?
+
+The networks, data and recipe of ``cifar.py`` with ``--budget minutes``: four PreActResNets of three
+blocks, 4,000 training images, 1,000 test images, clean and under seven corruptions. A seed is a
+start and an order of batches (with their crops and flips), the same for every method, so that
+differences are paired. FoRDE repels at a quarter of a batch's points, at the published strength
+and at ten times that; nothing is chosen on the test images.
+
+Each method is a JSON file in ``--runs`` that grows by one seed at a time: the script may be killed
+and started again, and goes on where it was. ``python benchmarks/results.py`` makes the section of
+docs/results.md from these files.
+
+What to expect: seven minutes per seed on one core, and differences of the order of their standard
+errors over seeds.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import cifar
+import pyro
+import torch
+from _run_files import opened, write
+from tqdm.auto import tqdm
+
+from pyro_fordes import evaluate
+
+METRICS = ("nll", "accuracy", "ece")
+BASE = "deep ensemble"
+FORDE = ("--method", "forde-pca", "--points", "0.25")
+ROWS: dict[str, tuple[str, ...]] = {
+    BASE: ("--method", "ensemble"),
+    "FoRDE-PCA x1": FORDE,
+    "FoRDE-PCA x10": (*FORDE, "--strength", "10"),
+    "weight-RDE x1": ("--method", "weights"),
+}
+"""The options of ``cifar.py`` for each method."""
+
+
+class Data:
+    """Images of a data set, decoded once; the test images are corrupted once."""
+
+    def __init__(self, folder: Path, dataset: str, budget: cifar.Budget) -> None:
+        read = cifar.SOURCES[dataset].read
+        self.images, self.labels = (part[: budget.train] for part in read(folder, True))
+        self.test_images, self.test_labels = (part[: budget.test] for part in read(folder, False))
+        self.budget = budget
+        self.batches: dict[Any, Any] = {}
+
+    def test(self, options: argparse.Namespace, scale: Any) -> dict[Any, Any]:
+        """Test batches by kind and severity."""
+        if not self.batches:
+            found = cifar.test_loaders(
+                options, self.budget, self.test_images, self.test_labels, scale
+            )
+            self.batches = {key: list(loader) for key, loader in found.items()}
+        return self.batches
+
+
+def one(options: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """Train one ensemble, and what it scores: clean, by corruption, and the mean of these."""
+    begin = time.process_time()
+    pyro.set_rng_seed(options.seed)  # crops and flips
+    inference, scale = cifar.train(options, data.budget, data.images, data.labels)
+    ratio = inference.diagnostics()["force_ratio"]
+    seconds = time.process_time() - begin
+    found = evaluate(inference, data.test(options, scale), METRICS, resamples=1, progress_bar=False)
+    scores: dict[str, dict[str, float]] = {}
+    for row in found.table.rows():
+        name = f"{row['data']} {row['severity']}" if row["severity"] else row["data"]
+        scores.setdefault(name, {})[row["metric"]] = round(row["value"], 5)
+    return {
+        "seed": options.seed,
+        "force_ratio": round(ratio, 5),
+        "cpu_seconds": round(seconds, 1),
+        "scores": scores,
+    }
+
+
+def run_file(label: str, seeds: int, data: Data, given: argparse.Namespace) -> dict[str, Any]:
+    """The run file of a method, continued to the wanted number of seeds."""
+    dataset, device = ("invented" if given.smoke else "cifar10"), "cpu"
+    path = given.runs / f"{list(ROWS).index(label):02}-{label.replace(' ', '-')}.json"
+    head = {"example": "cifar", "method": label, "options": " ".join(ROWS[label])}
+    content = opened(path, head, {"dataset": dataset, **vars(data.budget)}, "seeds")
+    for seed in range(len(content["seeds"]), seeds):
+        command = ["--dataset", dataset, "--device", device, *ROWS[label], "--seed", str(seed)]
+        options = cifar.arguments().parse_args(command)
+        options.out = given.out / f"{label.replace(' ', '-')}-seed{seed}"
+        content["seeds"].append(one(options, data))
+        write(path, content)
+    return content
+
+
+def print_table(runs: list[dict[str, Any]]) -> None:
+    """Means over seeds, and the paired difference to the first row with its standard error."""
+    print(f"{'':18}" + "".join(f"{name:>18}{'minus ensemble':>20}" for name in
+                              ("clean NLL", "corrupted NLL", "corrupted accuracy")))  # fmt: skip
+    for run in runs:
+        line = f"{run['method']:18}"
+        for data, metric in (("clean", "nll"), ("corrupted", "nll"), ("corrupted", "accuracy")):
+            values, base = (
+                torch.tensor([seed["scores"][data][metric] for seed in kept["seeds"]])
+                for kept in (run, runs[0])
+            )
+            gain = values - base
+            error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.nan
+            line += f"{values.mean():18.4f}" + f"{f'{gain.mean():+.4f} ± {error:.4f}':>20}"
+        print(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="number of repetitions")
+    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data")
+    parser.add_argument("--runs", type=Path, default=Path("out/cifar/runs"), help="run files")
+    parser.add_argument("--out", type=Path, default=Path("out/cifar"), help="checkpoints")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    given = parser.parse_args()
+    if given.smoke:
+        given.seeds = 2
+    torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
+    given.runs.mkdir(parents=True, exist_ok=True)
+    budget = cifar.BUDGETS["smoke" if given.smoke else "minutes"]
+    data = Data(given.data, "invented" if given.smoke else "cifar10", budget)
+    # Seed by seed, so that a run that is stopped has the same seeds of all rows but the last one.
+    with tqdm(total=given.seeds * len(given.methods), unit="fit") as bar:
+        for seeds in range(1, given.seeds + 1):
+            runs = []
+            for label in given.methods:
+                bar.set_postfix_str(f"seed {seeds - 1}, {label}")
+                runs.append(run_file(label, seeds, data, given))
+                bar.update()
+    print_table(runs)
+
+
+if __name__ == "__main__":
+    main()
