@@ -154,6 +154,8 @@ class Method:
     noise: float = 0.0  # standard deviation of noise on the training inputs
     bandwidth: Any = field(default_factory=Median)
     every: int = 1  # repel at every so many steps
+    batch: int = BATCH
+    model: Callable[[], PyroModule] = Classifier
 
 
 def identity(inputs: Tensor) -> InputGradients:
@@ -188,7 +190,7 @@ def batches(method: Method, data: Digits, seed: int) -> DataLoader:
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
         TensorDataset(data.scale(data.images), data.labels),
-        batch_size=BATCH,
+        batch_size=method.batch,
         shuffle=True,
         drop_last=True,
         generator=generator,
@@ -208,7 +210,7 @@ def build(
         }
     )
     return ParticleInference(
-        Classifier(),
+        method.model(),
         optim,
         particles,
         kernel=RBF(method.space(data.scale(data.images)), method.bandwidth),
@@ -216,7 +218,7 @@ def build(
         init_loc_fn=init_to_modules(mlp),  # each starts as PyTorch would start it
         num_data=NUM_TRAIN,  # learning rates as for a mean loss
         # 1 is the exact posterior's; the published code repels this many times harder.
-        repulsion_scale=method.strength * NUM_TRAIN / BATCH,
+        repulsion_scale=method.strength * NUM_TRAIN / method.batch,
         repulsion_every=method.every,
         seed=seed,
     )
