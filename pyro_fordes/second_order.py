@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -56,17 +57,15 @@ def twice_differentiable() -> Iterator[None]:
 
 
 class _Layers(TorchFunctionMode):
-    """Inside, convolutions and batch normalisation are those of this module.
-
-    Not under vmap, where torch's own were as fast.
-    """
+    """Inside, convolutions and batch normalisation are those of this module."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call a function, or what stands for it here."""
         kwargs = kwargs or {}
-        if torch._C._are_functorch_transforms_active():
+        inside = _functorch.peek_interpreter_stack()
+        if inside is not None and inside.key() != _functorch.TransformType.Vmap:
             return func(*args, **kwargs)
         if func in _CONVOLUTIONS:
             return _convolve(func, *args, **kwargs)
@@ -90,7 +89,7 @@ def _convolve(
     if isinstance(padding, str) or input.dim() != dims + 2:
         return func(input, weight, bias, stride, padding, dilation, groups)
     sizes = [[n] * dims if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
-    return _Convolution.apply(input, weight, bias, *sizes, False, [0] * dims, groups)
+    return _apply(_Convolution, input, weight, bias, *sizes, False, [0] * dims, groups)
 
 
 def _normalise(
@@ -109,7 +108,18 @@ def _normalise(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if weight is None:
         weight = input.new_ones(input.shape[1])
-    return _Normalisation.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+    parts = (input, weight, bias, running_mean, running_var, momentum, eps)
+    return _apply(_Normalisation, *parts)
+
+
+def _apply(layer: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """Call a layer, or under vmap what makes one layer of those of all particles."""
+    if _functorch.peek_interpreter_stack() is None:
+        return layer.apply(*args)
+    over_particles = _OVER_PARTICLES[layer]
+    if any(isinstance(part, Tensor) and _functorch.is_batchedtensor(part) for part in args):
+        return over_particles.apply(*args)
+    return over_particles.forward(*args)  # a layer that all particles share, on the same input
 
 
 class _Convolution(torch.autograd.Function):
@@ -248,6 +258,73 @@ class _NormalisationBackward(torch.autograd.Function):
         x_gradient = torch.addcmul(constant.view(shape), x, of_x.view(shape))
         x_gradient.addcmul_(u, of_u.view(shape)).addcmul_(g, of_g.view(shape))
         return g_gradient, x_gradient, s * a, None, None, None
+
+
+class _Convolutions(torch.autograd.Function):
+    """Convolutions of all particles under vmap, as one with groups."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _aten.convolution(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        """Nothing is kept: vmap calls the layer itself."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        """Particles beside channels."""
+        x, weight, bias, *sizes, groups = args
+        of_x, of_weight, of_bias = in_dims[:3]
+        count = info.batch_size
+        bias = None if bias is None else _stacked(bias, of_bias, count).flatten()
+        if of_weight is None and bias is None:  # particles beside points
+            y = _apply(_Convolution, x.movedim(of_x, 0).flatten(0, 1), weight, bias, *sizes, groups)
+            return y.unflatten(0, (count, -1)), 0
+        weight = _stacked(weight, of_weight, count).flatten(0, 1)
+        if of_x is None and groups == 1:  # each particle's channels from the same input
+            y = _apply(_Convolution, x, weight, bias, *sizes, 1)
+        else:
+            x = _stacked(x, of_x, count, 1).flatten(1, 2)
+            y = _apply(_Convolution, x, weight, bias, *sizes, groups * count)
+        return y.unflatten(1, (count, -1)), 1
+
+
+class _Normalisations(torch.autograd.Function):
+    """Normalisations of all particles under vmap, as one with more channels."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        x, weight, bias, mean, variance, momentum, eps = args
+        return F.batch_norm(x, mean, variance, weight, bias, True, momentum, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        """Nothing is kept: vmap calls the layer itself."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        """Particles beside channels."""
+        x, *parts, momentum, eps = args
+        count = info.batch_size
+        stacked = [
+            part if part is None else _stacked(part, dim, count).flatten()
+            for part, dim in zip(parts, in_dims[1:5], strict=True)
+        ]
+        x = _stacked(x, in_dims[0], count, 1).flatten(1, 2)
+        y = _apply(_Normalisation, x, *stacked, momentum, eps)
+        return y.unflatten(1, (count, -1)), 1
+
+
+_OVER_PARTICLES = {_Convolution: _Convolutions, _Normalisation: _Normalisations}
+
+
+def _stacked(part: Tensor, dim: int | None, count: int, place: int = 0) -> Tensor:
+    """A tensor with its axis of particles at a place."""
+    if dim is not None:
+        return part.movedim(dim, place)
+    part = part.unsqueeze(place)
+    return part.expand(*part.shape[:place], count, *part.shape[place + 1 :])
 
 
 def _normalisation_backward(
