@@ -1,5 +1,6 @@
 """Exact resume: a run that was cut off ends like one that was not; damaged files are found out."""
 
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from pyro_fordes import (
     Ensemble,
     InputGradients,
     ParticleInference,
+    ParticlePredictive,
     Weights,
     bayesianize,
     loops,
@@ -412,6 +414,42 @@ def test_samples_are_there_before_the_model_has_run(tmp_path):
         fresh.step()
 
 
+def partly_shared():
+    """A network whose last layer all particles share, and that is trained."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    return Classifier(
+        bayesianize(net, prior=lambda name, value: None if name.startswith("2") else 1.0),
+        num_data=20,
+    )
+
+
+@pytest.mark.parametrize("make", [partly_shared, lambda: function])
+def test_predictions_of_a_loaded_state_have_its_shared_parameters(make):
+    """They need no observations, so they come before what is checked with the model's arguments."""
+
+    def begun():
+        pyro.clear_param_store()
+        inference = ParticleInference(
+            make(), pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights())
+        )
+        return inference, ParticlePredictive(inference)
+
+    torch.manual_seed(0)
+    inference, predict = begun()
+    inference.run(3, X, Y, progress_bar=False)
+    wanted = predict.mean(X)["y"]
+    network = None if make() is function else inference.module(0)
+    state = inference.state_dict()
+    torch.manual_seed(1)
+    fresh, predict = begun()
+    fresh.load_state_dict(state)
+    if network is not None:
+        assert torch.equal(fresh.module(0)(X), network(X))
+    assert torch.equal(predict.mean(X)["y"], wanted)
+    same(fresh.state_dict(), state)
+    fresh.step(X, Y)
+
+
 def test_another_engine_goes_on_with_a_state(tmp_path):
     inference = started("CNN, Pyro's scheduler, weights")
     inference.save(tmp_path / "state.pt")
@@ -683,6 +721,37 @@ def test_a_state_of_something_else_is_refused(name):
 
     with pytest.raises(CheckpointError, match=pattern):
         load_and_step()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 3), torch.zeros(3).double()])
+def test_a_shared_parameter_of_another_shape_is_refused(other, known):
+    """Not broadcast or rounded; and the inference is what it was before."""
+
+    def begun(bias):
+        def model(y):
+            weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            bias_here = pyro.param("bias", bias.clone()).sum().to(y.dtype)
+            with pyro.plate("data", 3):
+                pyro.sample("y", dist.Normal(weight + bias_here, 1.0), obs=y)
+
+        pyro.clear_param_store()
+        return ParticleInference(model, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()))
+
+    y = torch.ones(3)
+    wrong = begun(other)
+    wrong.step(y)
+    state = wrong.state_dict()
+    inference = begun(torch.zeros(3))
+    if known:
+        inference.step(y)
+        before = inference.state_dict()
+    inference.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"shared parameter 'bias' as .* the model as \(3,\)"):
+        inference.step(y)
+    if known:
+        same(inference.state_dict(), before)
+    assert math.isfinite(inference.step(y))
 
 
 def test_a_mapping_that_is_no_state_is_refused():
