@@ -149,6 +149,7 @@ class PyroStepper:
         # PyroOptim asks the parameter store for names, to look up options and saved state. Lend it
         # a scoped store, so that nothing of ours stays in the global one.
         before = [tensor.detach().clone() for tensor in tensors]
+        known = set(self.optim.optim_objs)
         store = pyro.get_param_store()
         try:
             with store.scope():
@@ -159,7 +160,8 @@ class PyroStepper:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
-                    self.optim.optim_objs.pop(tensor, None)
+                    if tensor not in known:
+                        self.optim.optim_objs.pop(tensor, None)
             raise _not_set_up(parameters, error) from error
 
     def check_split(self, split: bool) -> None:
@@ -258,11 +260,17 @@ class TorchStepper:
     def __init__(self, factory: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
         self.factory = factory
         self.optimizer: torch.optim.Optimizer | None = None
+        self._known: set[Tensor] = set()  # what the function was asked for; it may leave some out
 
     def step(self, parameters: Mapping[str, Tensor]) -> None:
         """Move the tensors; the optimiser is made at the first step."""
         if self.optimizer is None:
             self.optimizer = self._make(parameters)
+            self._known.update(parameters.values())
+        late = [tensor for tensor in parameters.values() if tensor not in self._known]
+        if late:  # a shared parameter that earlier steps did not meet
+            self.optimizer.add_param_group({"params": late})
+            self._known.update(late)
         self.optimizer.step()
 
     def _make(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -307,6 +315,7 @@ class TorchStepper:
         if state is not None:
             made = self._make({name: parameters[name] for name in state["order"]})
             self.optimizer = _restored(made, state["state"], state.get("kind"))
+            self._known = set(parameters.values())
 
 
 def stepper(optim: Any) -> Stepper:
