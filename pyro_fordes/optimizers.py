@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import pyro
@@ -45,6 +45,10 @@ class Stepper(Protocol):
         self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
     ) -> None:
         """Make optimisers of new tensors and give them a state."""
+        ...
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of what is kept for tensors that are used no more."""
         ...
 
 
@@ -102,26 +106,36 @@ class PyroStepper:
         self._together, self._joined = None, set()
         if state is None:
             return
-        if "order" in state:
+        if "order" in state and self._alike():
             ordered = {name: parameters[name] for name in state["order"]}
             self._together = _restored(self._make(ordered), state["state"], state.get("kind"))
             self._joined.update(ordered.values())
             return
         store, optim = pyro.get_param_store(), self.optim
+        sites = _by_site(state) if "order" in state else state["sites"]
+        made: dict[Tensor, Any] = {}
         with store.scope():
-            for name, saved in state["sites"].items():
+            for name, saved in sites.items():
                 tensor = parameters[name]
                 store[name] = tensor  # options may depend on the name
                 try:
-                    made = optim._get_optim(tensor)
-                    _check_kind(getattr(made, "optimizer", made), state.get("kind"))
-                    _load_state_dict(made, saved)
+                    made[tensor] = optim._get_optim(tensor)
+                    one = getattr(made[tensor], "optimizer", made[tensor])
+                    _check_kind(one, state.get("kind"))
+                    _load_state_dict(made[tensor], saved)
                 except CheckpointError:
                     raise
                 except Exception as error:
                     raise _unfit(self.optim.pt_optim_constructor.__name__, error) from error
-                optim.optim_objs[tensor] = made
-                optim.grad_clip[tensor] = optim._get_grad_clip(tensor)
+            clips = {tensor: optim._get_grad_clip(tensor) for tensor in made}
+        optim.optim_objs.update(made)
+        optim.grad_clip.update(clips)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of the optimisers of tensors that are used no more."""
+        for tensor in tensors:
+            self.optim.optim_objs.pop(tensor, None)
+            self.optim.grad_clip.pop(tensor, None)
 
     def _alike(self) -> bool:
         """Whether all sites have the same options, and nothing is done site by site."""
@@ -227,6 +241,19 @@ def _restored(
     return optimizer
 
 
+def _by_site(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of one optimiser of all sites as one for each site."""
+    order, joint = state["order"], state["state"]
+    return {
+        order[place]: {
+            "state": {0: joint["state"][place]} if place in joint["state"] else {},
+            "param_groups": [{**group, "params": [0]}],
+        }
+        for group in joint["param_groups"]
+        for place in group["params"]
+    }
+
+
 def _unfit(name: str, error: Exception) -> CheckpointError:
     """What to say of a state that is another optimiser's."""
     return CheckpointError(
@@ -312,10 +339,19 @@ class TorchStepper:
     ) -> None:
         """Make the optimiser of the tensors and give it a state."""
         self.optimizer = None
+        if state is not None and "order" not in state:
+            raise CheckpointError(
+                "the saved optimiser state is that of one optimiser for each site, as Pyro's are "
+                "with options by name or a scheduler, and this one is for all sites; use the "
+                "optimiser that it was saved with"
+            )
         if state is not None:
             made = self._make({name: parameters[name] for name in state["order"]})
             self.optimizer = _restored(made, state["state"], state.get("kind"))
             self._known = set(parameters.values())
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing: the optimiser of other tensors is this stepper's."""
 
 
 def stepper(optim: Any) -> Stepper:

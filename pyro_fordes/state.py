@@ -201,14 +201,16 @@ def finish_loading(
         raise CheckpointError(f"the state and the model differ in the buffers {sorted(wrong)}")
     shared = _checked_shared(state, log_joint.parameters(prototype))
     rows = inference._gather.rows
-    own = per_particle(state["optimizer"], state["particles"], lambda value: value[rows].clone())
-    inference._stepper.load_state_dict(own, {**particles, **shared})
+    own = per_particle(state["optimizer"], state["particles"], lambda value: value[rows])
+    # torch's optimisers take tensors as they are, and the state is the caller's.
+    inference._stepper.load_state_dict(copied(own), {**particles, **shared})
     _take_shared(state, shared)
     inference._buffers = {
         name: value.to(buffers[name].device) for name, value in inference._buffers.items()
     }
     inference._particles, inference._shared = particles, shared
     inference._space, inference._latents, inference._loaded = space, latents, None
+    inference._stepper.forget(inference._fallback.get("_particles", {}).values())
     inference._fallback = {}
 
 

@@ -1,5 +1,6 @@
 """Exact resume: a run that was cut off ends like one that was not; damaged files are found out."""
 
+import copy
 import math
 import os
 import random
@@ -752,6 +753,76 @@ def test_a_shared_parameter_of_another_shape_is_refused(other, known):
     if known:
         same(inference.state_dict(), before)
     assert math.isfinite(inference.step(y))
+
+
+OPTIMISERS = {
+    "one": lambda: pyro.optim.Adam({"lr": 0.1}),
+    "by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1}),
+    "clipped": lambda: pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 100.0}),
+    "scheduler": lambda: pyro.optim.StepLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "step_size": 1, "gamma": 0.7}
+    ),
+    "torch": lambda: lambda params: torch.optim.Adam(params, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("other", OPTIMISERS)
+@pytest.mark.parametrize("one", OPTIMISERS)
+def test_an_optimiser_of_the_same_class_goes_on_or_refuses(one, other):
+    """With all that it has, or as if nothing had been loaded: a schedule is not lost silently."""
+
+    def begun(name):
+        pyro.clear_param_store()
+        return ParticleInference(function, OPTIMISERS[name](), 3, kernel=RBF(Weights()), seed=0)
+
+    def go_on(inference):
+        inference._stepper.end_epoch(1.0)
+        return inference.step(X, Y), inference.step(X, Y)
+
+    inference = begun(one)
+    inference.run(3, X, Y, progress_bar=False)
+    state = inference.state_dict()
+    fresh = begun(other)
+    fresh.run(2, X, Y, progress_bar=False)
+    before = fresh.state_dict()
+    fresh.load_state_dict(state)
+    if (one == "scheduler") == (other == "scheduler") and (one, other) not in (
+        ("by name", "torch"),
+        ("clipped", "torch"),
+    ):
+        found = go_on(fresh)
+        again = begun(one)
+        again.load_state_dict(state)
+        assert found == go_on(again)
+    else:
+        with pytest.raises(CheckpointError, match="saved optimiser state"):
+            fresh.step(X, Y)
+        same(fresh.state_dict(), before)
+        fresh.step(X, Y)
+
+
+@pytest.mark.parametrize("name", ["MLP, Pyro's Adam, FoRDE", "function, shared parameters, SVGD"])
+def test_a_state_can_be_loaded_again_and_again(name):
+    """Steps after loading do not change it."""
+    inference = started(name)
+    state = inference.state_dict()
+    kept = copy.deepcopy(state)
+    losses = []
+    for _ in range(2):
+        inference.load_state_dict(state)
+        losses.append(inference.run(3, X, Y, progress_bar=False))
+        same(state, kept)
+    assert (losses[0] == losses[1]).all()
+
+
+def test_what_was_replaced_by_loading_is_let_go():
+    inference = started()
+    state = inference.state_dict()
+    made = len(inference.optim.optim_objs)
+    for _ in range(2):
+        inference.load_state_dict(state)
+        inference.step(X, Y)
+    assert len(inference.optim.optim_objs) == made
 
 
 def test_a_mapping_that_is_no_state_is_refused():
