@@ -285,6 +285,36 @@ def test_a_plain_fit_does_not_count_for_one_with_checkpoints(tmp_path):
     assert inference.state_dict()["step"] == 16
 
 
+def test_a_fit_in_another_folder_is_another_run(tmp_path):
+    """Such as one on other data, after the first; each goes on where it was cut off."""
+
+    def script(callback=None):
+        inference, data = begin("MLP, Pyro's Adam, FoRDE")
+        first = inference.fit(data, 3, progress_bar=False, checkpoint=tmp_path / "one")
+        return (
+            inference,
+            first,
+            inference.fit(
+                [(X, Y)] * 2,
+                3,
+                progress_bar=False,
+                callback=callback,
+                checkpoint=tmp_path / "two",
+                checkpoint_every=1,
+            ),
+        )
+
+    inference, first, second = script()
+    assert (len(first), len(second), inference.state_dict()["step"]) == (12, 6, 18)
+    for path in numbered(tmp_path / "two"):
+        path.unlink()
+    with pytest.raises(Cut):
+        script(cut_after(3))
+    resumed, _, again = script()
+    assert (again == second).all()
+    same(resumed.state_dict()["particles"], inference.state_dict()["particles"])
+
+
 SCRIPT = textwrap.dedent(
     """
     import os, signal, sys
