@@ -59,6 +59,7 @@ from pyro_fordes.state import (
     fall_back,
     finish_loading,
     samples_of,
+    share_loaded,
     state_of,
     take_state,
 )
@@ -544,9 +545,9 @@ class ParticleInference:
         row = local_row(index, self.num_particles, self._gather)
         if module is None:
             raise ArgumentError("module(index) needs a model with a network, got a plain function")
+        share_loaded(self)
         values = {name: value[row] for name, value in self.get_samples().items()}
-        buffers = {name: buffer[row] for name, buffer in self._buffers.items()}
-        return plain_module(module, path, values, buffers)
+        return plain_module(module, path, values, {n: b[row] for n, b in self._buffers.items()})
 
     def get_unconstrained(self) -> dict[str, Tensor]:
         """Values of the latent sites in unconstrained space, where particles move.

@@ -76,6 +76,7 @@ class Position:
             loader draws its order.
         loader: the loader, for its own generators.
         random: global random state when the position was saved.
+        folder: where the checkpoints of the run are, if that is known.
     """
 
     epoch: int = 0
@@ -84,6 +85,7 @@ class Position:
     epoch_random: dict[str, Any] | None = None
     loader: Any = None
     random: dict[str, Any] | None = None
+    folder: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -364,7 +366,10 @@ def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
         for message in skipped:
             warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
         inference.load_state_dict(state)
-    position = inference._resumable or Position()
+    position, place = inference._resumable or Position(), Path(folder).resolve()
+    if position.folder not in (None, place):  # that of another run, which is over
+        position = Position()
+    position.folder = place
     if len(position.losses) and getattr(loader, "persistent_workers", False):
         warnings.warn(
             "the loader keeps its workers from epoch to epoch (persistent_workers=True), and the "

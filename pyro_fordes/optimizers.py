@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import pyro
@@ -45,6 +45,10 @@ class Stepper(Protocol):
         self, state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor]
     ) -> None:
         """Make optimisers of new tensors and give them a state."""
+        ...
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of what is kept for tensors that are used no more."""
         ...
 
 
@@ -102,26 +106,36 @@ class PyroStepper:
         self._together, self._joined = None, set()
         if state is None:
             return
-        if "order" in state:
+        if "order" in state and self._alike():
             ordered = {name: parameters[name] for name in state["order"]}
             self._together = _restored(self._make(ordered), state["state"], state.get("kind"))
             self._joined.update(ordered.values())
             return
         store, optim = pyro.get_param_store(), self.optim
+        sites = _by_site(state) if "order" in state else state["sites"]
+        made: dict[Tensor, Any] = {}
         with store.scope():
-            for name, saved in state["sites"].items():
+            for name, saved in sites.items():
                 tensor = parameters[name]
                 store[name] = tensor  # options may depend on the name
                 try:
-                    made = optim._get_optim(tensor)
-                    _check_kind(getattr(made, "optimizer", made), state.get("kind"))
-                    _load_state_dict(made, saved)
+                    made[tensor] = optim._get_optim(tensor)
+                    one = getattr(made[tensor], "optimizer", made[tensor])
+                    _check_kind(one, state.get("kind"))
+                    _load_state_dict(made[tensor], saved)
                 except CheckpointError:
                     raise
                 except Exception as error:
                     raise _unfit(self.optim.pt_optim_constructor.__name__, error) from error
-                optim.optim_objs[tensor] = made
-                optim.grad_clip[tensor] = optim._get_grad_clip(tensor)
+            clips = {tensor: optim._get_grad_clip(tensor) for tensor in made}
+        optim.optim_objs.update(made)
+        optim.grad_clip.update(clips)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of the optimisers of tensors that are used no more."""
+        for tensor in tensors:
+            self.optim.optim_objs.pop(tensor, None)
+            self.optim.grad_clip.pop(tensor, None)
 
     def _alike(self) -> bool:
         """Whether all sites have the same options, and nothing is done site by site."""
@@ -149,6 +163,7 @@ class PyroStepper:
         # PyroOptim asks the parameter store for names, to look up options and saved state. Lend it
         # a scoped store, so that nothing of ours stays in the global one.
         before = [tensor.detach().clone() for tensor in tensors]
+        known = set(self.optim.optim_objs)
         store = pyro.get_param_store()
         try:
             with store.scope():
@@ -159,7 +174,8 @@ class PyroStepper:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
-                    self.optim.optim_objs.pop(tensor, None)
+                    if tensor not in known:
+                        self.optim.optim_objs.pop(tensor, None)
             raise _not_set_up(parameters, error) from error
 
     def check_split(self, split: bool) -> None:
@@ -225,6 +241,19 @@ def _restored(
     return optimizer
 
 
+def _by_site(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of one optimiser of all sites as one for each site."""
+    order, joint = state["order"], state["state"]
+    return {
+        order[place]: {
+            "state": {0: joint["state"][place]} if place in joint["state"] else {},
+            "param_groups": [{**group, "params": [0]}],
+        }
+        for group in joint["param_groups"]
+        for place in group["params"]
+    }
+
+
 def _unfit(name: str, error: Exception) -> CheckpointError:
     """What to say of a state that is another optimiser's."""
     return CheckpointError(
@@ -258,11 +287,17 @@ class TorchStepper:
     def __init__(self, factory: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
         self.factory = factory
         self.optimizer: torch.optim.Optimizer | None = None
+        self._known: set[Tensor] = set()  # what the function was asked for; it may leave some out
 
     def step(self, parameters: Mapping[str, Tensor]) -> None:
         """Move the tensors; the optimiser is made at the first step."""
         if self.optimizer is None:
             self.optimizer = self._make(parameters)
+            self._known.update(parameters.values())
+        late = [tensor for tensor in parameters.values() if tensor not in self._known]
+        if late:  # a shared parameter that earlier steps did not meet
+            self.optimizer.add_param_group({"params": late})
+            self._known.update(late)
         self.optimizer.step()
 
     def _make(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -304,9 +339,19 @@ class TorchStepper:
     ) -> None:
         """Make the optimiser of the tensors and give it a state."""
         self.optimizer = None
+        if state is not None and "order" not in state:
+            raise CheckpointError(
+                "the saved optimiser state is that of one optimiser for each site, as Pyro's are "
+                "with options by name or a scheduler, and this one is for all sites; use the "
+                "optimiser that it was saved with"
+            )
         if state is not None:
             made = self._make({name: parameters[name] for name in state["order"]})
             self.optimizer = _restored(made, state["state"], state.get("kind"))
+            self._known = set(parameters.values())
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing: the optimiser of other tensors is this stepper's."""
 
 
 def stepper(optim: Any) -> Stepper:

@@ -23,6 +23,7 @@ from pyro_fordes.sites import (
     plain_distribution,
     pointwise_log_prob,
 )
+from pyro_fordes.state import share_loaded
 
 
 class ParticlePredictive:
@@ -299,22 +300,27 @@ class ParticlePredictive:
                 f"the distributions of what depends on them are known only given a draw of them; "
                 f"draw with ParticlePredictive(inference)(...), and average the draws"
             )
-        particles = {name: value.detach() for name, value in inference._particles.items()}
         gather = inference._gather
         content = {"arguments": (args, dict(kwargs))}
         with gather.together("prediction", lambda: content), eval_mode(log_joint.module):
-            latents = inference._latents or log_joint.latents(particles, args, kwargs)
+            values, buffers = inference._particles, inference._buffers
+            latents = inference._latents or log_joint.latents(values, args, kwargs)
+            if inference._loaded is not None:  # on the CPU, and the model may be elsewhere
+                share_loaded(inference)
+                values = {name: value.to(latents[name].device) for name, value in values.items()}
+                device = next(iter(latents.values())).device
+                buffers = {name: value.to(device) for name, value in buffers.items()}
             draws = None
             if draw:
                 seed = gather.first(lambda: int(torch.randint(2**62, ())))
                 draws = Draws(seed, gather.rows.start or 0)
             found = log_joint.replay(
-                particles,
+                {name: value.detach() for name, value in values.items()},
                 args,
                 kwargs,
                 latents,
                 capture=capture,
-                buffers=inference._buffers,
+                buffers=buffers,
                 draw=draw,
                 chunk_size=self.chunk_size,
                 draws=draws,

@@ -96,8 +96,9 @@ def run_prototype(
     buffers = named_buffers(model)
     saved = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
     try:
-        with preserved_rng(), pyro.validation_enabled(True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # Without a graph: the trace is kept, and a graph would keep all that the network computed.
+        quiet = warnings.catch_warnings(action="ignore")
+        with preserved_rng(), torch.no_grad(), pyro.validation_enabled(True), quiet:
             with explained(args, kwargs):
                 trace = _validated_trace(model, args, kwargs)
             enumerated = tuple(enumerated_sites(trace))
@@ -124,6 +125,10 @@ def run_prototype(
             for buffer, before in saved.values():
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+        now = named_buffers(model)
+        for name, buffer in buffers.items():
+            if now.get(name) is not buffer:
+                _put_back(model, name, buffer)
     return Prototype(
         trace,
         drawing_plates(trace),
@@ -135,10 +140,18 @@ def run_prototype(
     )
 
 
+def _put_back(model: Callable[..., Any], name: str, buffer: Tensor) -> None:
+    """Make a buffer that a run has replaced that of the model again."""
+    path, _, attribute = name.rpartition(".")
+    module = module_of(model)
+    if module is not None:
+        module.get_submodule(path)._buffers[attribute] = buffer
+
+
 def _draws(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], trace: Any) -> bool:
     """Whether a run with the sites of a trace draws random numbers."""
     cpu, cuda = random_state()
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with pyro.validation_enabled(False):
         poutine.replay(model, trace=trace)(*args, **kwargs)
     cpu_after, cuda_after = random_state()
     if cuda is not None and cuda_after is not None and not torch.equal(cuda, cuda_after):

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -86,9 +87,12 @@ def _convolve(
 ) -> Tensor:
     """A convolution, by the class below where it is one on a batch and padded by numbers."""
     dims = _CONVOLUTIONS[func]
-    if isinstance(padding, str) or input.dim() != dims + 2:
+    padded_by_name = isinstance(padding, str)
+    if padded_by_name or input.dim() != dims + 2 or not _is_ours(input, weight, bias, cast=True):
         return func(input, weight, bias, stride, padding, dilation, groups)
-    sizes = [[n] * dims if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
+    sizes = [
+        list(n) if isinstance(n, Sequence) else [n] * dims for n in (stride, padding, dilation)
+    ]
     return _apply(_Convolution, input, weight, bias, *sizes, False, [0] * dims, groups)
 
 
@@ -103,8 +107,8 @@ def _normalise(
     eps: float = 1e-5,
 ) -> Tensor:
     """Batch normalisation, by the class below where it is by the batch's own statistics."""
-    one_type = all(part is None or part.dtype == input.dtype for part in (weight, running_mean))
-    if not training or not one_type or input.numel() <= input.shape[1]:
+    ours = training and _is_ours(input, weight, bias, running_mean)
+    if not ours or input.numel() <= input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if weight is None:
         weight = input.new_ones(input.shape[1])
@@ -120,6 +124,25 @@ def _apply(layer: type[torch.autograd.Function], *args: Any) -> Tensor:
     if any(isinstance(part, Tensor) and _functorch.is_batchedtensor(part) for part in args):
         return over_particles.apply(*args)
     return over_particles.forward(*args)  # a layer that all particles share, on the same input
+
+
+def _is_ours(*tensors: Tensor | None, cast: bool = False) -> bool:
+    """Whether the classes below take some tensors: real, of one type, not differentiated forwards.
+
+    Args:
+        *tensors: the operands.
+        cast: whether autocast changes the type of what torch computes here; it does not go into
+            the classes.
+    """
+    first, *others = [tensor for tensor in tensors if tensor is not None]
+    if not first.is_floating_point() or any(one.dtype != first.dtype for one in others):
+        return False
+    device = first.device.type
+    if cast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        cast = first.dtype not in (torch.float64, torch.get_autocast_dtype(device))
+    else:
+        cast = False
+    return not cast and forward_ad._current_level < 0
 
 
 class _Convolution(torch.autograd.Function):

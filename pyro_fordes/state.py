@@ -199,25 +199,66 @@ def finish_loading(
     ]
     if wrong:
         raise CheckpointError(f"the state and the model differ in the buffers {sorted(wrong)}")
-    parameters = log_joint.parameters(prototype)
-    absent = [name for name in state["shared"] if name not in parameters]
-    if absent:
-        raise CheckpointError(
-            f"the state has the shared parameters {absent}, which the model lacks"
-        )
-    shared = {name: parameters[name] for name in state["shared"]}
+    shared = _checked_shared(state, log_joint.parameters(prototype))
     rows = inference._gather.rows
-    own = per_particle(state["optimizer"], state["particles"], lambda value: value[rows].clone())
-    inference._stepper.load_state_dict(own, {**particles, **shared})
-    with torch.no_grad():
-        for name, tensor in shared.items():
-            tensor.copy_(state["shared"][name])
+    own = per_particle(state["optimizer"], state["particles"], lambda value: value[rows])
+    # torch's optimisers take tensors as they are, and the state is the caller's.
+    inference._stepper.load_state_dict(copied(own), {**particles, **shared})
+    _take_shared(state, shared)
     inference._buffers = {
         name: value.to(buffers[name].device) for name, value in inference._buffers.items()
     }
     inference._particles, inference._shared = particles, shared
     inference._space, inference._latents, inference._loaded = space, latents, None
+    inference._stepper.forget(inference._fallback.get("_particles", {}).values())
     inference._fallback = {}
+
+
+def share_loaded(inference: Any) -> None:
+    """Give the model the shared parameters of a loaded state that waits for the model's arguments.
+
+    A prediction or a particle's network is then that of the state. The model must have its
+    parameters, as a function has after its first run.
+
+    Raises:
+        CheckpointError: if the model lacks some, or has them in another shape.
+    """
+    state = inference._loaded
+    if state is not None:
+        module, store = inference._log_joint.module, pyro.get_param_store()
+        known = {} if module is None else dict(module.named_parameters())
+        own = {name: known.get(name.replace("$$$", ".")) for name in state["shared"]}
+        found = {
+            name: store[name].unconstrained() if tensor is None else tensor
+            for name, tensor in own.items()
+            if tensor is not None or name in store
+        }
+        _take_shared(state, _checked_shared(state, found))
+
+
+def _checked_shared(
+    state: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The model's parameters that a state has values for."""
+    absent = [name for name in state["shared"] if name not in parameters]
+    if absent:
+        raise CheckpointError(
+            f"the state has the shared parameters {absent}, which the model lacks"
+        )
+    for name, value in state["shared"].items():
+        here = parameters[name]
+        if value.shape != here.shape or value.dtype != here.dtype:
+            raise CheckpointError(
+                f"the state has the shared parameter '{name}' as {tuple(value.shape)} of "
+                f"{value.dtype}, the model as {tuple(here.shape)} of {here.dtype}"
+            )
+    return {name: parameters[name] for name in state["shared"]}
+
+
+@torch.no_grad()
+def _take_shared(state: Mapping[str, Any], shared: Mapping[str, Tensor]) -> None:
+    for name, tensor in shared.items():
+        tensor.copy_(state["shared"][name])
 
 
 def per_particle(

@@ -58,7 +58,7 @@ ALLOWED = {
         "runs",
         "second_order",
     },
-    "prediction": {"_checks", "loops", "metrics", "particles", "randomness", "sites"},
+    "prediction": {"_checks", "loops", "metrics", "particles", "randomness", "sites", "state"},
     "labels": {"_checks"},
     "arviz_groups": {"_checks", "labels", "loops", "particles", "prediction", "sites", "state"},
     "io_arviz": {"_checks", "_random", "arviz_groups", "labels", "prediction", "state"},

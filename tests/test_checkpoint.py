@@ -1,5 +1,7 @@
 """Exact resume: a run that was cut off ends like one that was not; damaged files are found out."""
 
+import copy
+import math
 import os
 import random
 import re
@@ -27,6 +29,7 @@ from pyro_fordes import (
     Ensemble,
     InputGradients,
     ParticleInference,
+    ParticlePredictive,
     Weights,
     bayesianize,
     loops,
@@ -282,6 +285,36 @@ def test_a_plain_fit_does_not_count_for_one_with_checkpoints(tmp_path):
     assert inference.state_dict()["step"] == 16
 
 
+def test_a_fit_in_another_folder_is_another_run(tmp_path):
+    """Such as one on other data, after the first; each goes on where it was cut off."""
+
+    def script(callback=None):
+        inference, data = begin("MLP, Pyro's Adam, FoRDE")
+        first = inference.fit(data, 3, progress_bar=False, checkpoint=tmp_path / "one")
+        return (
+            inference,
+            first,
+            inference.fit(
+                [(X, Y)] * 2,
+                3,
+                progress_bar=False,
+                callback=callback,
+                checkpoint=tmp_path / "two",
+                checkpoint_every=1,
+            ),
+        )
+
+    inference, first, second = script()
+    assert (len(first), len(second), inference.state_dict()["step"]) == (12, 6, 18)
+    for path in numbered(tmp_path / "two"):
+        path.unlink()
+    with pytest.raises(Cut):
+        script(cut_after(3))
+    resumed, _, again = script()
+    assert (again == second).all()
+    same(resumed.state_dict()["particles"], inference.state_dict()["particles"])
+
+
 SCRIPT = textwrap.dedent(
     """
     import os, signal, sys
@@ -410,6 +443,42 @@ def test_samples_are_there_before_the_model_has_run(tmp_path):
     same(fresh.state_dict(), inference.state_dict())
     with pytest.raises(ArgumentError, match="the model takes"):
         fresh.step()
+
+
+def partly_shared():
+    """A network whose last layer all particles share, and that is trained."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    return Classifier(
+        bayesianize(net, prior=lambda name, value: None if name.startswith("2") else 1.0),
+        num_data=20,
+    )
+
+
+@pytest.mark.parametrize("make", [partly_shared, lambda: function])
+def test_predictions_of_a_loaded_state_have_its_shared_parameters(make):
+    """They need no observations, so they come before what is checked with the model's arguments."""
+
+    def begun():
+        pyro.clear_param_store()
+        inference = ParticleInference(
+            make(), pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights())
+        )
+        return inference, ParticlePredictive(inference)
+
+    torch.manual_seed(0)
+    inference, predict = begun()
+    inference.run(3, X, Y, progress_bar=False)
+    wanted = predict.mean(X)["y"]
+    network = None if make() is function else inference.module(0)
+    state = inference.state_dict()
+    torch.manual_seed(1)
+    fresh, predict = begun()
+    fresh.load_state_dict(state)
+    if network is not None:
+        assert torch.equal(fresh.module(0)(X), network(X))
+    assert torch.equal(predict.mean(X)["y"], wanted)
+    same(fresh.state_dict(), state)
+    fresh.step(X, Y)
 
 
 def test_another_engine_goes_on_with_a_state(tmp_path):
@@ -683,6 +752,107 @@ def test_a_state_of_something_else_is_refused(name):
 
     with pytest.raises(CheckpointError, match=pattern):
         load_and_step()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 3), torch.zeros(3).double()])
+def test_a_shared_parameter_of_another_shape_is_refused(other, known):
+    """Not broadcast or rounded; and the inference is what it was before."""
+
+    def begun(bias):
+        def model(y):
+            weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            bias_here = pyro.param("bias", bias.clone()).sum().to(y.dtype)
+            with pyro.plate("data", 3):
+                pyro.sample("y", dist.Normal(weight + bias_here, 1.0), obs=y)
+
+        pyro.clear_param_store()
+        return ParticleInference(model, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()))
+
+    y = torch.ones(3)
+    wrong = begun(other)
+    wrong.step(y)
+    state = wrong.state_dict()
+    inference = begun(torch.zeros(3))
+    if known:
+        inference.step(y)
+        before = inference.state_dict()
+    inference.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"shared parameter 'bias' as .* the model as \(3,\)"):
+        inference.step(y)
+    if known:
+        same(inference.state_dict(), before)
+    assert math.isfinite(inference.step(y))
+
+
+OPTIMISERS = {
+    "one": lambda: pyro.optim.Adam({"lr": 0.1}),
+    "by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1}),
+    "clipped": lambda: pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 100.0}),
+    "scheduler": lambda: pyro.optim.StepLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "step_size": 1, "gamma": 0.7}
+    ),
+    "torch": lambda: lambda params: torch.optim.Adam(params, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("other", OPTIMISERS)
+@pytest.mark.parametrize("one", OPTIMISERS)
+def test_an_optimiser_of_the_same_class_goes_on_or_refuses(one, other):
+    """With all that it has, or as if nothing had been loaded: a schedule is not lost silently."""
+
+    def begun(name):
+        pyro.clear_param_store()
+        return ParticleInference(function, OPTIMISERS[name](), 3, kernel=RBF(Weights()), seed=0)
+
+    def go_on(inference):
+        inference._stepper.end_epoch(1.0)
+        return inference.step(X, Y), inference.step(X, Y)
+
+    inference = begun(one)
+    inference.run(3, X, Y, progress_bar=False)
+    state = inference.state_dict()
+    fresh = begun(other)
+    fresh.run(2, X, Y, progress_bar=False)
+    before = fresh.state_dict()
+    fresh.load_state_dict(state)
+    if (one == "scheduler") == (other == "scheduler") and (one, other) not in (
+        ("by name", "torch"),
+        ("clipped", "torch"),
+    ):
+        found = go_on(fresh)
+        again = begun(one)
+        again.load_state_dict(state)
+        assert found == go_on(again)
+    else:
+        with pytest.raises(CheckpointError, match="saved optimiser state"):
+            fresh.step(X, Y)
+        same(fresh.state_dict(), before)
+        fresh.step(X, Y)
+
+
+@pytest.mark.parametrize("name", ["MLP, Pyro's Adam, FoRDE", "function, shared parameters, SVGD"])
+def test_a_state_can_be_loaded_again_and_again(name):
+    """Steps after loading do not change it."""
+    inference = started(name)
+    state = inference.state_dict()
+    kept = copy.deepcopy(state)
+    losses = []
+    for _ in range(2):
+        inference.load_state_dict(state)
+        losses.append(inference.run(3, X, Y, progress_bar=False))
+        same(state, kept)
+    assert (losses[0] == losses[1]).all()
+
+
+def test_what_was_replaced_by_loading_is_let_go():
+    inference = started()
+    state = inference.state_dict()
+    made = len(inference.optim.optim_objs)
+    for _ in range(2):
+        inference.load_state_dict(state)
+        inference.step(X, Y)
+    assert len(inference.optim.optim_objs) == made
 
 
 def test_a_mapping_that_is_no_state_is_refused():

@@ -429,21 +429,60 @@ def test_one_optimiser_of_all_sites_takes_the_steps_of_one_per_site():
         assert (value == found[1][name]).all()
 
 
-def test_a_shared_parameter_that_appears_later_is_trained_too():
-    def model(y, extended):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        shift = pyro.param("shift", torch.tensor(0.0)) if extended else 0.0
-        pyro.sample("y", dist.Normal(mean + shift, 1.0), obs=y)
+def with_late_parameter(y, extended):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    shift = pyro.param("shift", torch.tensor(0.0)) if extended else 0.0
+    pyro.sample("y", dist.Normal(mean + shift, 1.0), obs=y)
 
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: pyro.optim.Adam({"lr": 0.1}),
+        lambda: pyro.optim.Adam(lambda name: {"lr": 0.1}),
+        lambda: lambda params: torch.optim.Adam(params, lr=0.1),
+    ],
+)
+def test_a_shared_parameter_that_appears_later_is_trained_too(optim):
+    def begun():
+        pyro.clear_param_store()
+        return ParticleInference(with_late_parameter, optim(), 3, kernel=RBF(Weights()), seed=0)
+
+    data = torch.tensor(3.0)
     with pyro.get_param_store().scope():
-        inference = ParticleInference(
-            model, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), seed=0
-        )
-        inference.run(2, torch.tensor(3.0), False, progress_bar=False)
+        inference = begun()
+        inference.run(2, data, False, progress_bar=False)
         before = inference.get_samples()["mean"]
-        inference.run(2, torch.tensor(3.0), True, progress_bar=False)
+        inference.run(2, data, True, progress_bar=False)
         torch.testing.assert_close(pyro.param("shift").item(), 0.2, rtol=0.02, atol=0)
         assert (inference.get_samples()["mean"] != before).all()
+        state = inference.state_dict()
+        inference.run(2, data, True, progress_bar=False)
+        wanted = pyro.param("shift").item()
+        resumed = begun()
+        resumed.load_state_dict(state)
+        resumed.run(2, data, True, progress_bar=False)
+        assert pyro.param("shift").item() == wanted
+
+
+def test_options_that_fail_for_a_later_parameter_cost_the_others_nothing():
+    def options(name):
+        if name == "shift":
+            raise KeyError(name)
+        return {"lr": 0.1}
+
+    data = torch.tensor(3.0)
+    with pyro.get_param_store().scope():
+        inference = ParticleInference(
+            with_late_parameter, pyro.optim.Adam(options), 3, kernel=RBF(Weights()), seed=0
+        )
+        inference.run(2, data, False, progress_bar=False)
+        before = inference.state_dict()["optimizer"]["sites"]["mean"]["state"][0]
+        with pytest.raises(ArgumentError, match=r"could not be set up .* KeyError: 'shift'"):
+            inference.step(data, True)
+        after = inference.state_dict()["optimizer"]["sites"]["mean"]["state"][0]
+        assert before.keys() == after.keys() >= {"exp_avg", "step"}
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_fit_steps_the_scheduler_once_per_epoch():

@@ -377,6 +377,34 @@ def test_prototype_draws_nothing_and_changes_no_buffer():
     assert model.net[1].num_batches_tracked == 0
 
 
+def test_the_prototype_keeps_no_graph():
+    """It is kept, one for each shape of arguments, and so would be all that led to its numbers."""
+    model = Noisy(nn.Tanh())
+    model.net = bayesianize(
+        nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)),
+        prior=lambda name, value: 1.0 if name.startswith("2") else None,
+    )
+    trace = LogJoint(model).prototype((X, Y), {}).trace
+    assert all(parameter.requires_grad for parameter in model.net[0].parameters())
+    found = [site["log_prob"] for site in trace.nodes.values() if "log_prob" in site]
+    assert found
+    assert all(tensor.grad_fn is None for tensor in found)
+
+
+def test_a_buffer_that_is_replaced_is_refused_and_put_back():
+    class Counting(Noisy):
+        def forward(self, x, y=None):
+            self.net[1].running_mean = self.net[1].running_mean + 1.0
+            return super().forward(x, y)
+
+    model = Counting(nn.BatchNorm1d(8))
+    before = model.net[1].running_mean
+    with pytest.raises(ModelError, match=r"replaces the buffers .*write buffer.copy_"):
+        LogJoint(model).prototype((X, Y), {})
+    assert model.net[1].running_mean is before
+    assert (before == 0).all()
+
+
 # ------------------------------------------------------------------- validation
 
 

@@ -2,10 +2,11 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from pyro_fordes.second_order import twice_differentiable
@@ -207,6 +208,50 @@ def test_the_third_derivative_is_right_too(name):
     found = third(lambda layer, x: layer(x), twice_differentiable())
     for one, other in zip(found, third(plainly, nullcontext()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def cast_by_the_user(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
+
+def forwards(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def with_complex_weights(_, x):
+    weight = torch.randn(2, 3, 2, 2, dtype=torch.complex128)
+    return F.conv2d(x.to(torch.complex128), weight).abs()
+
+
+OTHER_CALLS = {
+    "autocast of the user's own": cast_by_the_user,
+    "differentiated forwards": forwards,
+    "complex": with_complex_weights,
+    "a stride of numpy's": lambda layer, x: F.conv2d(x, layer[1].weight, stride=np.int64(2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_what_torch_can_do_beside_stays_possible(name):
+    def run(context):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(5, 5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        layer = layer if name == "autocast of the user's own" else layer.double()
+        x = torch.randn(2, 3, 6, 5, dtype=layer[0].weight.dtype, requires_grad=True)
+        with context:
+            y = OTHER_CALLS[name](layer, x)
+        return [y, *grad(y.float().pow(2).sum(), x)]
+
+    for one, other in zip(run(twice_differentiable()), run(nullcontext()), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_on_the_meta_device():
+    with twice_differentiable(), torch.device("meta"):
+        assert nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))(torch.ones(2, 3, 5, 5)).is_meta
 
 
 def test_a_batch_of_one_number_is_refused_as_by_torch():
