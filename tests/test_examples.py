@@ -61,11 +61,11 @@ def test_ablations_go_on_where_they_were_stopped(tmp_path):
 def test_strength_goes_on_where_it_was_stopped(tmp_path):
     whole = run("strength.py", "--smoke", "--runs", tmp_path)
     rows = whole.splitlines()
-    assert len(rows) == 2 * (1 + 11)
+    assert len(rows) == 2 * (1 + 9)
     assert all(float(row.split()[-1]) != 0 for row in rows if not row.endswith("x20"))
     files = sorted(tmp_path.glob("*.json"))
     kept = {path: json.loads(path.read_text()) for path in files}
-    assert len(kept) == 2 * 11
+    assert len(kept) == 2 * 9
     assert kept[files[0]]["seeds"][0]["force ratio"] == 0
     assert all(kept[path]["seeds"][0]["force ratio"] > 0 for path in files[1::2])
     files[3].unlink()
