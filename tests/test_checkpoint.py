@@ -659,6 +659,24 @@ def test_fit_goes_on_with_the_older_file_whatever_bit_is_flipped(tmp_path):
     assert found > 3
 
 
+def test_an_old_file_that_cannot_be_deleted_does_not_end_a_run(tmp_path):
+    (tmp_path / "step-000000001.pt").mkdir()  # unlink refuses a folder
+    write_numbered(tmp_path, 2, started().state_dict(), 3)
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    inference.fit(data, 2, progress_bar=False, checkpoint=tmp_path, checkpoint_every=2, keep=1)
+    assert [path.name for path in numbered(tmp_path)] == ["step-000000011.pt", "step-000000001.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the mode of a file is that of POSIX")
+def test_others_can_read_a_file_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write(tmp_path / "state.pt", {"a": 1})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(tmp_path, monkeypatch):
     inference, data = begin("MLP, Pyro's Adam, FoRDE")
     expected = inference.fit(data, 2, progress_bar=False)
