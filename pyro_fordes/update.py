@@ -129,10 +129,6 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
                 f"finite, and with chunk_size no copy is kept to go back to; load the last "
                 f"checkpoint, and lower the learning rate"
             )
-        if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
-            before.restore(parameters, stepper.optimizers(parameters))
-            _tell(inference, broken, log_joint, args, kwargs, place)
-            return _mean_loss(log_joint, broken)
     except BaseException:
         # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
         if not spare:
@@ -141,6 +137,10 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     finally:
         for tensor in parameters.values():
             tensor.grad = None
+    if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
+        before.restore(parameters, stepper.optimizers(parameters))
+        _tell(inference, broken, log_joint, args, kwargs, place)
+        return _mean_loss(log_joint, broken)
     buffers = dict(forces.evaluation.buffers)
     if fault:
         rows = broken.rows
