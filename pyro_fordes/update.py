@@ -22,7 +22,13 @@ from pyro_fordes.faults import (
     clipped,
     of_all,
 )
-from pyro_fordes.forces import Forces, Rule, compute_forces, joined_diagnostics
+from pyro_fordes.forces import (
+    Forces,
+    Rule,
+    check_gradients,
+    compute_forces,
+    joined_diagnostics,
+)
 from pyro_fordes.particles import Call, OneProcess, at_step, count_of
 from pyro_fordes.randomness import Noise
 from pyro_fordes.rollback import like, redraw
@@ -48,6 +54,7 @@ def check_start(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
 def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
     """One update; returns the loss before it, on the particles' device."""
     with inference._together(f"step {inference._step}", args, kwargs):
+        check_gradients()
         inference.setup(*args, **kwargs)
         place = inference._random.place
         try:
