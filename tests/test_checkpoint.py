@@ -481,6 +481,31 @@ def test_predictions_of_a_loaded_state_have_its_shared_parameters(make):
     fresh.step(X, Y)
 
 
+def test_samples_drawn_of_a_loaded_state_move_its_random_stream():
+    inference = started()
+    fresh, _ = begin("MLP, Pyro's Adam, FoRDE")
+    fresh.load_state_dict(inference.state_dict())
+    same(fresh.get_samples(4), inference.get_samples(4))
+    same(fresh.state_dict(), inference.state_dict())
+
+
+def test_what_load_is_given_beside_is_checked(tmp_path):
+    inference = started()
+    inference.save(tmp_path / "state.pt")
+    for options in ({"num_particles": 3}, {"gather": None}):
+        with pytest.raises(ArgumentError, match=next(iter(options))):
+            ParticleInference.load(
+                tmp_path / "state.pt", inference.model, pyro.optim.Adam({"lr": 0.1}), **options
+            )
+
+
+def test_fit_refuses_a_file_that_is_no_state_of_an_inference(tmp_path):
+    write(tmp_path / "step-000000003.pt", {"results": 1})
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    with pytest.raises(CheckpointError, match="no state of a ParticleInference"):
+        inference.fit(data, 1, progress_bar=False, checkpoint=tmp_path)
+
+
 def test_another_engine_goes_on_with_a_state(tmp_path):
     inference = started("CNN, Pyro's scheduler, weights")
     inference.save(tmp_path / "state.pt")
