@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -104,6 +105,7 @@ def bayesianize(net: nn.Module, prior: Prior = 1.0) -> PyroModule:
     _check_net(net)
     module = copy.deepcopy(net)
     to_pyro_module_(module)
+    _name_once(module)
     owners = dict(module.named_modules())
     for path, attribute, first in _tied_places(net):
         place, _, name = first.rpartition(".")
@@ -172,6 +174,24 @@ def _check_net(net: nn.Module) -> None:
                 f"parameter '{name}' has no shape yet; run the network once on an example before "
                 f"bayesianize(net)"
             )
+
+
+def _name_once(root: PyroModule) -> None:
+    """Let a module that stands at several places be named by the first, not by the last."""
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    for module, paths in places.items():
+        if len(paths) > 1:
+            module.__dict__["_pyro_set_supermodule"] = partial(_named, module, tuple(paths))
+    root._pyro_set_supermodule("", root._pyro_context)
+
+
+def _named(module: Any, paths: tuple[str, ...], name: str, context: Any) -> None:
+    """Take the name that Pyro gives a module at one of its places, if that is the first."""
+    here = [path for path in paths if f".{name}".endswith(f".{path}")]
+    if max(here, key=len, default=paths[0]) == paths[0]:
+        type(module)._pyro_set_supermodule(module, name, context)
 
 
 def _tied_places(net: nn.Module) -> list[tuple[str, str, str]]:

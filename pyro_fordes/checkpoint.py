@@ -7,8 +7,10 @@ so ``torch.load(path, weights_only=True)`` reads it and nothing in it can run.
 import hashlib
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,10 @@ def write(path: str | Path, state: Mapping[str, Any]) -> Path:
         if path.is_dir():
             raise IsADirectoryError("it is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        # Not by tempfile, whose files only their owner can read.
+        name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with name.open("xb") as file:
+            temporary = name
             torch.save({"format": FORMAT, "checksum": checksum(state), "state": dict(state)}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -74,8 +78,8 @@ def write(path: str | Path, state: Mapping[str, Any]) -> Path:
             f"cannot write the checkpoint {path}: {error}; an older file of that name is unchanged"
         ) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -228,13 +232,12 @@ def check_writable(folder: str | Path) -> None:
 def write_numbered(folder: str | Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     """Write the checkpoint of a step into a folder, and delete all but the newest ``keep``.
 
-    Files left behind by an interrupted write are deleted too.
+    Files left behind by an interrupted write are deleted too. What cannot be deleted stays.
     """
     path = write(Path(folder) / f"step-{step:09d}.pt", state)
-    for old in numbered(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    for left in Path(folder).glob(".step-*.pt.*"):
-        left.unlink(missing_ok=True)
+    for old in (*numbered(folder)[keep:], *Path(folder).glob(".step-*.pt.*")):
+        with suppress(OSError):
+            old.unlink()
     return path
 
 

@@ -1,7 +1,7 @@
 """The engines that run a function of one particle for all of them: vmap, or a loop."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -69,7 +69,7 @@ class Engine:
         seeds = {} if draws is None else {"seed": draws.seeds(len(first))}
         outside = nullcontext() if draws is None else preserved_rng()
         try:
-            with pyro.validation_enabled(False), outside:
+            with pyro.validation_enabled(False), outside, _no_recomputation():
                 if engine == "loop":
                     return _loop(_drawing(run), values, inputs, stacked, seeds, draws, len(first))
                 if draws is not None:  # for functions that know no streams
@@ -108,6 +108,24 @@ class Engine:
         else:
             return ModelError(f"the model failed when run with particles: {text}")
         return ModelError(f"the model cannot be vectorised over particles: {hint}. torch: {text}")
+
+
+@contextmanager
+def _no_recomputation() -> Iterator[None]:
+    """Inside, a network that would compute its activations again in its backward pass is refused.
+
+    It would do so outside of Pyro's handlers and the particle's random stream, with other weights
+    and masks.
+    """
+    message = (
+        "it uses torch.utils.checkpoint or other hooks of saved tensors, with which its backward "
+        "pass would run it again without the particle's weights and random numbers; switch that "
+        "off, and bound memory with ParticleInference(chunk_size=1)"
+    )
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # the caller's own hooks, around a whole step, may stay
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
+        yield
 
 
 def _has_no_vectorised_form(error: RuntimeError) -> bool:

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_fordes._checks import StateError
 from pyro_fordes._random import preserved_rng
 from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.finite import finite_particles, repel_finite
@@ -106,6 +107,7 @@ class Forces:
     compared: Bool[Tensor, " particle"] | None = None
 
 
+@torch.enable_grad()
 def compute_forces(
     log_joint: LogJoint,
     particles: Mapping[str, Tensor],
@@ -135,7 +137,11 @@ def compute_forces(
             return diagnostics.
         chunk_size: how many particles are evaluated at a time; None for all.
         draw: random numbers of the step; None draws.
+
+    Raises:
+        StateError: in ``torch.inference_mode``.
     """
+    check_gradients()
     space, repulsive = rule.space, rule.repulsive
     count = len(next(iter(particles.values())))
     rounds = Rounds(
@@ -506,6 +512,7 @@ def represent_all(
         chunk_size: how many particles at a time; None for all.
         gather: how processes are joined.
     """
+    check_gradients()
     space, parts = cast("Space", rounds.space), []
     for rows in rounds.chunks(chunk_size):
         evaluation = rounds.evaluate(rows, graph=False)  # nothing leads back to the particles
@@ -524,6 +531,7 @@ def compute_scores(
         chunk_size: how many particles at a time; None for all.
         gather: how processes are joined.
     """
+    check_gradients()
     scores = [_Rows(value) for value in rounds.particles.values()]
     for rows in rounds.chunks(chunk_size):
         evaluation = rounds.evaluate(rows)
@@ -625,6 +633,15 @@ def _shared_gradients(evaluation: Evaluation, divisor: float) -> dict[str, Tenso
     loss = -evaluation.log_joint.sum() / divisor
     gradients = _gradients(loss, list(trained.values()), retain=True)
     return dict(zip(trained, gradients, strict=True))
+
+
+def check_gradients() -> None:
+    """Refuse a mode in which nothing can be differentiated, and all forces would be zero."""
+    if torch.is_inference_mode_enabled():
+        raise StateError(
+            "particles move by gradients, and there are none in torch.inference_mode(); call step, "
+            "run, fit, scores and representation outside of it"
+        )
 
 
 def _gradients(total: Tensor, leaves: list[Tensor], *, retain: bool) -> list[Tensor]:

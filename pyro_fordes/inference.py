@@ -449,7 +449,7 @@ class ParticleInference:
         """What `state_dict` copies, at the first process only unless it is joined otherwise."""
         self._started()
         with self._gather.together("state", lambda: {"particles": self._particles}):
-            return self._loaded or state_of(self, join or self._gather.collect)
+            return state_of(self, join or self._gather.collect)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, here or in another process.

@@ -352,7 +352,8 @@ class LogJoint:
             if isinstance(input, Activation):
                 stand_ins = zeros_like(value, count)
             else:
-                stand_ins = value.detach().expand(count, *value.shape)
+                value = value.clone() if value.is_inference() else value.detach()
+                stand_ins = value.expand(count, *value.shape)
             inputs[self._name(input, args, kwargs)] = stand_ins.requires_grad_()
         stacked = self.stack_buffers(prototype, count)
         stacked |= {name: buffer.clone() for name, buffer in (buffers or {}).items()}

@@ -1,5 +1,6 @@
 """Loops over steps: batches and epochs, progress bars, checkpoints and interruptions."""
 
+import math
 import signal
 import threading
 import time
@@ -362,7 +363,8 @@ def _resume(inference: Any, folder: str | Path, loader: Any) -> Position:
             f"none of the {len(skipped)} checkpoints in {folder} can be used: {skipped[0]}; "
             f"delete or rename the folder to start anew"
         )
-    if state is not None and state["step"] > inference._step:
+    # What has no step is no state of an inference, and is refused as that.
+    if state is not None and state.get("step", math.inf) > inference._step:
         for message in skipped:
             warnings.warn(f"{message}; an older checkpoint is used", stacklevel=4)
         inference.load_state_dict(state)

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_fordes._checks import CheckpointError
+from pyro_fordes._checks import ArgumentError, CheckpointError
 from pyro_fordes._random import RandomStream
 from pyro_fordes.checkpoint import read
 from pyro_fordes.faults import Faults
@@ -43,6 +43,8 @@ def state_of(inference: Any, join: Callable[[Tensor], Any]) -> dict[str, Any]:
         inference: whose state.
         join: makes of a tensor of the particles here that of all particles.
     """
+    if inference._loaded is not None:
+        return _loaded_state(inference)
     local, shared = inference._particles, inference._shared
     position = inference._position or inference._resumable
     particles = {name: join(value.detach()) for name, value in local.items()}
@@ -74,6 +76,15 @@ def state_of(inference: Any, join: Callable[[Tensor], Any]) -> dict[str, Any]:
         "position": None if position is None else position.state_dict(),
         "faults": inference._faults.count,
     }
+
+
+def _loaded_state(inference: Any) -> dict[str, Any]:
+    """A loaded state that waits for the model's arguments; samples may have been drawn since."""
+    state, now = inference._loaded, inference._random.state_dict()
+    place = state["random"]["cpu"]
+    if now["cpu"] is None or (place is not None and torch.equal(now["cpu"], place)):
+        return state
+    return {**state, "random": now}
 
 
 def sample_shapes(inference: Any) -> dict[str, tuple[int, ...]]:
@@ -343,8 +354,15 @@ class Load:
 
             Raises:
                 CheckpointError: if the file cannot be read or is no state.
+                ArgumentError: if an option cannot be used.
             """
-            state = options.get("gather", OneProcess()).first(lambda: read(path))
+            if "num_particles" in options:
+                raise ArgumentError(
+                    "load(path, model, optim) makes as many particles as the file has; leave "
+                    "num_particles out"
+                )
+            first = getattr(options.get("gather"), "first", OneProcess().first)
+            state = first(lambda: read(path))
             made = owner(model, optim, state.get("num_particles", 1), **options)
             made.load_state_dict(state)
             return made

@@ -260,15 +260,17 @@ class Tuning:
             return -last, sign * rows[name][last]
 
         width = max(map(len, rows))
+        texts = {name: [_cell(rows[name].get(count)) for count in epochs] for name in rows}
+        wide = 1 + max(9, *(len(cell) for cells in texts.values() for cell in cells))
         lines = [
             f"{self.metric} on validation data after {', '.join(map(str, epochs))} epochs; "
             f"best: {_text(self.best)}",
             "",
-            " " * width + "".join(f"{count:10}" for count in epochs),
+            " " * width + "".join(f"{count:{wide}}" for count in epochs),
         ]
         for name in sorted(rows, key=place):
-            cells = [_cell(rows[name].get(count)) for count in epochs]
-            lines.append(f"{name:{width}}{''.join(cells)}".rstrip())
+            cells = "".join(f"{cell:>{wide}}" for cell in texts[name])
+            lines.append(f"{name:{width}}{cells}".rstrip())
         return "\n".join([*lines, *([""] if errors else []), *errors])
 
 
@@ -564,7 +566,7 @@ def _order(candidate: Mapping[str, Any]) -> str:
 
 
 def _cell(score: float | None) -> str:
-    """A score in the width of its column."""
+    """A score in a table."""
     if score is None:
-        return " " * 10
-    return f"{score:10.4f}" if math.isfinite(score) else f"{'failed':>10}"
+        return ""
+    return f"{score:.4f}" if math.isfinite(score) else "failed"

@@ -22,7 +22,13 @@ from pyro_fordes.faults import (
     clipped,
     of_all,
 )
-from pyro_fordes.forces import Forces, Rule, compute_forces, joined_diagnostics
+from pyro_fordes.forces import (
+    Forces,
+    Rule,
+    check_gradients,
+    compute_forces,
+    joined_diagnostics,
+)
 from pyro_fordes.particles import Call, OneProcess, at_step, count_of
 from pyro_fordes.randomness import Noise
 from pyro_fordes.rollback import like, redraw
@@ -48,6 +54,7 @@ def check_start(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
 def update(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, ""]:
     """One update; returns the loss before it, on the particles' device."""
     with inference._together(f"step {inference._step}", args, kwargs):
+        check_gradients()
         inference.setup(*args, **kwargs)
         place = inference._random.place
         try:
@@ -129,10 +136,6 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
                 f"finite, and with chunk_size no copy is kept to go back to; load the last "
                 f"checkpoint, and lower the learning rate"
             )
-        if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
-            before.restore(parameters, stepper.optimizers(parameters))
-            _tell(inference, broken, log_joint, args, kwargs, place)
-            return _mean_loss(log_joint, broken)
     except BaseException:
         # An optimiser may fail (or be interrupted) after it has moved some of the tensors.
         if not spare:
@@ -141,6 +144,10 @@ def _move(inference: Any, args: tuple, kwargs: Mapping[str, Any]) -> Float[Tenso
     finally:
         for tensor in parameters.values():
             tensor.grad = None
+    if not waits and fault and (faults.policy == "raise" or bool(broken.rows.all())):
+        before.restore(parameters, stepper.optimizers(parameters))
+        _tell(inference, broken, log_joint, args, kwargs, place)
+        return _mean_loss(log_joint, broken)
     buffers = dict(forces.evaluation.buffers)
     if fault:
         rows = broken.rows

@@ -420,7 +420,7 @@ CHECKPOINTS = {
         "Input/output error.*older file of that name is unchanged",
     ),
     "save without permission": (
-        saving(lambda: refuse("tempfile.mkstemp", errno.EACCES), "step-000000004.pt"),
+        saving(lambda: refuse("pathlib.Path.open", errno.EACCES), "step-000000004.pt"),
         CheckpointError,
         "Permission denied.*older file of that name is unchanged",
     ),

@@ -102,6 +102,7 @@ ALLOWED = {
     "faults": {"_checks", "particles", "rollback"},
     "finite": {"kernels", "transports"},
     "forces": {
+        "_checks",
         "_random",
         "finite",
         "input_gradients",

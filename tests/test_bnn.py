@@ -189,6 +189,44 @@ def test_a_tied_weight_is_one_site_used_at_both_places(copied):
     assert not list(module.parameters())
 
 
+class Shared(nn.Module):
+    """One module at two places, as embeddings of an encoder and a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        self.again = nn.Sequential(nn.Identity(), self.first)
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.out(self.again(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+@pytest.mark.parametrize("prior", [1.0, lambda n, _: None if n == "first.0.weight" else 1.0])
+def test_a_module_at_two_places_is_named_by_the_first(prior, copied):
+    x, y = torch.randn(8, 3), torch.randn(8)
+    nets = [Shared(), Shared()]
+    inference = ParticleInference(
+        copied(Regression(bayesianize(nets[0], prior))),
+        pyro.optim.Adam({"lr": 0.1}),
+        2,
+        transport=Ensemble(),
+        init_loc_fn=init_to_modules(nets),
+        seed=0,
+    )
+    inference.step(x, y)
+    names = ["net.first.0.weight", "net.first.0.bias", "net.out.weight", "net.out.bias"]
+    assert [*inference.get_samples()] == (names if prior == 1.0 else names[1:])
+    assert [*inference._shared] == ([] if prior == 1.0 else names[:1])
+    net = inference.module(1)
+    assert net.first is net.again[1]
+    found = ParticlePredictive(inference).parameters(x)["y"]["loc"][1]
+    torch.testing.assert_close(net(x).squeeze(-1), found)
+
+
 def test_tied_weights_without_a_prior_stay_tied():
     module = bayesianize(
         nn.Sequential(Tied(), nn.Linear(4, 1)), lambda n, _: None if n.startswith("0.") else 1.0

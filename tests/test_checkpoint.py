@@ -481,6 +481,31 @@ def test_predictions_of_a_loaded_state_have_its_shared_parameters(make):
     fresh.step(X, Y)
 
 
+def test_samples_drawn_of_a_loaded_state_move_its_random_stream():
+    inference = started()
+    fresh, _ = begin("MLP, Pyro's Adam, FoRDE")
+    fresh.load_state_dict(inference.state_dict())
+    same(fresh.get_samples(4), inference.get_samples(4))
+    same(fresh.state_dict(), inference.state_dict())
+
+
+def test_what_load_is_given_beside_is_checked(tmp_path):
+    inference = started()
+    inference.save(tmp_path / "state.pt")
+    for options in ({"num_particles": 3}, {"gather": None}):
+        with pytest.raises(ArgumentError, match=next(iter(options))):
+            ParticleInference.load(
+                tmp_path / "state.pt", inference.model, pyro.optim.Adam({"lr": 0.1}), **options
+            )
+
+
+def test_fit_refuses_a_file_that_is_no_state_of_an_inference(tmp_path):
+    write(tmp_path / "step-000000003.pt", {"results": 1})
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    with pytest.raises(CheckpointError, match="no state of a ParticleInference"):
+        inference.fit(data, 1, progress_bar=False, checkpoint=tmp_path)
+
+
 def test_another_engine_goes_on_with_a_state(tmp_path):
     inference = started("CNN, Pyro's scheduler, weights")
     inference.save(tmp_path / "state.pt")
@@ -657,6 +682,24 @@ def test_fit_goes_on_with_the_older_file_whatever_bit_is_flipped(tmp_path):
             assert (inference.fit(data, 2, keep=2, **options) == expected).all()
         found += len(said)
     assert found > 3
+
+
+def test_an_old_file_that_cannot_be_deleted_does_not_end_a_run(tmp_path):
+    (tmp_path / "step-000000001.pt").mkdir()  # unlink refuses a folder
+    write_numbered(tmp_path, 2, started().state_dict(), 3)
+    inference, data = begin("MLP, Pyro's Adam, FoRDE")
+    inference.fit(data, 2, progress_bar=False, checkpoint=tmp_path, checkpoint_every=2, keep=1)
+    assert [path.name for path in numbered(tmp_path)] == ["step-000000011.pt", "step-000000001.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the mode of a file is that of POSIX")
+def test_others_can_read_a_file_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write(tmp_path / "state.pt", {"a": 1})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(tmp_path, monkeypatch):

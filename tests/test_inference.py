@@ -20,6 +20,7 @@ from pyro_fordes import (
     InputGradients,
     Median,
     ParticleInference,
+    StateError,
     Weights,
     bayesianize,
     pca_lengthscale,
@@ -678,6 +679,29 @@ def test_particles_survive_an_optimiser_that_fails_after_moving_them():
     with pytest.raises(RuntimeError, match="too late"):
         inference.step(x, y)
     assert all((unconstrained(inference)[n] == v).all() for n, v in before.items())
+
+
+@pytest.mark.parametrize("space", [Weights(), InputGradients("x", normalize=False)])
+def test_particles_move_without_gradients_being_switched_on(space):
+    """A step needs them, whoever has switched them off; in inference mode it can only refuse."""
+    x, y = regression_data(torch.float32)
+
+    def make():
+        return ParticleInference(regression, sgd(), 3, kernel=RBF(space), seed=0)
+
+    inference, other = make(), make()
+    with torch.no_grad():
+        found = inference.run(3, x, y, progress_bar=False)
+        assert not torch.is_grad_enabled()
+    assert (found == other.run(3, x, y, progress_bar=False)).all()
+    with torch.inference_mode():
+        for refused in (make().step, inference.step, inference.scores, inference.representation):
+            with pytest.raises(StateError, match="outside of it"):
+                refused(x, y)
+        x_inside = x.clone()
+    assert inference.step(x, y) == other.step(x, y)
+    if not isinstance(space, Weights):
+        assert inference.step(x_inside, y) == other.step(x, y)
 
 
 def test_keyword_arguments_reach_the_model():

@@ -1,6 +1,7 @@
 """The log joint of stacked particles against a plain loop with Pyro's own handlers."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.util import site_is_subsample
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pyro_fordes import (
     RBF,
@@ -764,6 +766,27 @@ def test_what_cannot_be_vectorised_says_so_and_runs_in_a_loop():
     with pytest.raises(ModelError, match="vectorize='loop'"):
         LogJoint(model, "vmap").evaluate({"z": torch.ones(3)}, (Y,), {})
     check(model, (Y,), vectorize="loop")
+
+
+@engines
+def test_a_network_that_recomputes_its_activations_is_refused(vectorize):
+    """The second run would draw weights from the prior, and masks from the global generator."""
+
+    class Saving(nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Noisy(Saving(8, 8), nn.Dropout(0.5))
+    with pytest.raises(ModelError, match=r"torch.utils.checkpoint .*chunk_size=1"):
+        ParticleInference(
+            model, pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), vectorize=vectorize
+        ).step(X, Y)
+    # Hooks around a step are the caller's.
+    plain = ParticleInference(
+        Noisy(), pyro.optim.Adam({"lr": 0.1}), 3, kernel=RBF(Weights()), vectorize=vectorize
+    )
+    with torch.autograd.graph.save_on_cpu():
+        assert math.isfinite(plain.step(X, Y))
 
 
 # ------------------------------------------------------------------- buffers in every mode

@@ -29,7 +29,7 @@ from pyro_fordes import (
     tune,
 )
 from pyro_fordes.tables import Table
-from pyro_fordes.tuning import rungs
+from pyro_fordes.tuning import Tuning, rungs
 from tests.models import Classifier
 
 DOUBLE = torch.float64
@@ -523,3 +523,10 @@ def test_the_table_is_printed_selected_and_saved(tmp_path):
     found.table.save(tmp_path / "table.json")
     assert Table.load(tmp_path / "table.json") == found.table
     assert found.table.to_frame().shape == (2, 5)
+
+
+def test_large_scores_keep_their_columns():
+    columns = {"candidate": [{"lr": 0.1}] * 2, "rung": [0, 1], "epochs": [1, 3]}
+    columns |= {"score": [-123456.75, -3000.0], "error": [None, None]}
+    rows = str(Tuning({"lr": 0.1}, None, Table(columns), "mine")).splitlines()
+    assert rows[-2:] == [f"{'':6}{1:13}{3:13}", "lr=0.1 -123456.7500   -3000.0000"]
