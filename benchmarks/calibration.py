@@ -121,7 +121,7 @@ TARGETS = {
 # ------------------------------------------------------------------------------------- the rules
 
 
-def ours(transport):
+def ours(transport, kernel=None):
     import pyro
     import pyro.distributions as dist
     import torch
@@ -135,7 +135,7 @@ def ours(transport):
             torch_model(dist, pyro, torch, dimension, density),
             torch_adam(pyro),
             particles,
-            kernel=RBF(Weights()),
+            kernel=kernel or RBF(Weights()),
             transport=transport,
             init_loc_fn=init_to_uniform,
             seed=seed,
@@ -248,17 +248,21 @@ def rules(only):
     if only != "numpyro" and importlib.util.find_spec("torch"):
         import torch
 
-        from pyro_fordes import WGD
+        from pyro_fordes import RBF, WGD, Additive, Weights
 
         torch.set_num_threads(1)
+        found["ours: sge, full, calibrated, Additive"] = ours(
+            WGD("sge", whiten="full", calibrate=True), Additive(RBF(Weights()))
+        )
         for whiten in ("full", "diag"):
             found[f"ours: sge, {whiten}, calibrated"] = ours(
                 WGD("sge", whiten=whiten, calibrate=True)
             )
+    if only not in ("numpyro", "ours") and importlib.util.find_spec("torch"):
         found["pyro.infer.SVGD, univariate (default)"] = pyro_svgd("univariate")
         found["pyro.infer.SVGD, the same, three sites"] = pyro_svgd_with_sites()
         found["pyro.infer.SVGD, multivariate"] = pyro_svgd("multivariate")
-    if only != "torch" and importlib.util.find_spec("numpyro"):
+    if only in (None, "numpyro") and importlib.util.find_spec("numpyro"):
         found["NumPyro SVGD, RBF norm (default)"] = numpyro_svgd("norm")
         found["NumPyro SVGD, RBF vector"] = numpyro_svgd("vector")
     return found
@@ -266,7 +270,8 @@ def rules(only):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("torch", "numpyro"), help="rules of one library only")
+    parser.add_argument("--only", choices=("ours", "torch", "numpyro"), help="some rules only")
+    parser.add_argument("--rule", default="", help="only rules whose name contains this")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--target", default="", help="only targets whose name contains this")
     arguments = parser.parse_args()
@@ -277,6 +282,8 @@ def main():
         print(f"\n{target}; truth {show(truth)}")
         for particles in (100, 20):
             for name, run in competitors.items():
+                if arguments.rule not in name:
+                    continue
                 ends = [run(target, particles, seed) for seed in range(arguments.seeds)]
                 if ends[0] is None:
                     continue
