@@ -93,8 +93,9 @@ class Additive:
 
     with the share :math:`a`. Every part has a bandwidth of its own, by the same rule. The joint
     part knows how features depend on each other, the others see each one's distribution in full
-    resolution: in many dimensions a joint kernel cannot. It is the kernel to take for posteriors
-    with long tails, in weight space, with the calibrated rule (``docs/calibration.md``)::
+    resolution: in many dimensions a joint kernel cannot. It is for posteriors with long tails, in
+    weight space, with the calibrated rule and more particles than dimensions, better ten times as
+    many (``docs/calibration.md``)::
 
         kernel = Additive(RBF(Weights()))
         transport = WGD("sge", whiten="full", calibrate=True)
