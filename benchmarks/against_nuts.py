@@ -43,7 +43,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_fordes
-from pyro_fordes import RBF, SVGD, WGD, Outputs, ParticleInference, Weights
+from pyro_fordes import RBF, SVGD, WGD, Additive, Outputs, ParticleInference, Weights
+from pyro_fordes.kernels import Kernel
 from pyro_fordes.spaces import Space
 from pyro_fordes.transports import Transport
 
@@ -81,13 +82,14 @@ def ours(
     transport: Transport,
     space: Space | None = None,
     steps: int | None = None,
+    kernel: Kernel | None = None,
 ) -> dict[str, Tensor]:
     """Values of the sites of ``ParticleInference``."""
     inference = ParticleInference(
         posterior.model,
         settings.optim,
         settings.particles,
-        kernel=RBF(space or Weights()),
+        kernel=kernel or RBF(space or Weights()),
         transport=transport,
         init_loc_fn=init_to_uniform,  # a draw from the prior of `tau` may lie thousands away
         seed=seed,
@@ -135,6 +137,9 @@ def _rules() -> dict[str, Rule]:
         rules[f"WGD {e}"] = lambda p, s, seed, e=e: ours(p, s, seed, WGD(e))
     for e in ESTIMATORS:
         rules[f"WGD {e}, calibrated"] = lambda p, s, seed, e=e: ours(p, s, seed, calibrated(e)(p))
+    rules["WGD sge, calibrated, Additive"] = lambda p, s, seed: ours(
+        p, s, seed, calibrated("sge")(p), kernel=Additive(RBF(Weights()))
+    )
     for group in ("joint", "coordinate"):
         rules[f"SVGD, {group}"] = lambda p, s, seed, g=group: ours(
             p, s, seed, SVGD(), Weights(group=g)

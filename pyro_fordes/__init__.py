@@ -15,6 +15,7 @@ from pyro_fordes._checks import (
     NumericalError as NumericalError,
     StateError as StateError,
 )
+from pyro_fordes.additive import Additive as Additive
 from pyro_fordes.bandwidths import Fixed as Fixed, HeatEquation as HeatEquation, Median as Median
 from pyro_fordes.bnn import bayesianize as bayesianize, init_to_modules as init_to_modules
 from pyro_fordes.comparison import compare as compare

@@ -11,7 +11,7 @@ gradients are closed forms; nothing of size particle x particle x point x featur
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -60,23 +60,11 @@ class KernelMatrix:
         r"""Kernel between particles: :math:`k_{ij} = \frac1B \sum_b \kappa_{ijb}`."""
         return self.value.mean(0)
 
-    def laplacian(
-        self, weights: Float[Tensor, "#group #local #particle"]
-    ) -> Float[Tensor, "point local particle"]:
-        """Matrix :math:`L_b` with which `gradient_sum` is :math:`L_b r_b`, point by point.
-
-        Small, so what is to be done to every particle's sum is best done to this.
-        """
-        slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
-        # The graph Laplacian of the slopes, so that one product does it all.
-        laplacian = -slope
-        own = laplacian[..., self.rows].diagonal(dim1=-2, dim2=-1)
-        own += slope.sum(-1)
-        return laplacian
-
     def gradient_sum(
-        self, weights: Float[Tensor, "#group #local #particle"]
-    ) -> Float[Tensor, "local point feature"]:
+        self,
+        weights: Float[Tensor, "#group #local #particle"],
+        left: Float[Tensor, "#group outer local"] | None = None,
+    ) -> Float[Tensor, "outer point feature"]:
         r"""Weighted sum of gradients by the first argument.
 
         .. math:: \sum_j w_{ij} \nabla_{r_{ib}} k(r_i, r_j) =
@@ -84,14 +72,27 @@ class KernelMatrix:
 
         Args:
             weights: :math:`w_{ij}`, for each kernel of `between` where there are several.
+            left: a matrix for each of them, by which the sums of all particles are multiplied.
         """
-        return self.product(self.laplacian(weights))
-
-    def product(
-        self, matrix: Float[Tensor, "point local particle"]
-    ) -> Float[Tensor, "local point feature"]:
-        """A matrix per point times the representations there."""
+        matrix = self._laplacian(weights)
+        if left is not None:
+            # Matrices between particles first: the product with all features is the dear one.
+            matrix = left @ matrix
         return (matrix @ self.everyone.transpose(0, 1)).transpose(0, 1)
+
+    def _laplacian(
+        self, weights: Float[Tensor, "#group #local #particle"]
+    ) -> Float[Tensor, "point local particle"]:
+        """The graph Laplacian of the weighted slopes: one product with it gives all sums."""
+        slope = self.slope * (weights / len(self.slope) if self.pooled else weights)
+        laplacian = -slope
+        own = laplacian[..., self.rows].diagonal(dim1=-2, dim2=-1)
+        own += slope.sum(-1)
+        return laplacian
+
+    def transposed(self, rows: slice) -> "KernelMatrix":
+        """The kernel of all particles as a function of its second argument, which is in rows."""
+        return replace(self, value=self.value.mT[:, rows], slope=self.slope.mT[:, rows], rows=rows)
 
 
 class Kernel(Protocol):

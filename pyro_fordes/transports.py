@@ -8,7 +8,7 @@ Notation: :math:`K_{ij} = k(r_i, r_j)` between :math:`M` particles, and
 :math:`G_i = \sum_j \nabla_{r_i} k(r_i, r_j)`, the gradient by the first argument.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +121,9 @@ class WGD:
     ``whiten`` computes the estimate in coordinates :math:`z = L^{-1}(x - \bar x)` in which the
     particles have unit covariance, and maps it back by :math:`L^{-T}`. The rule is then equivariant
     to affine maps, up to the shrinkage of the covariance, and exactly to scalings (``"diag"``: to
-    scalings only).
+    scalings only). With an `Additive` kernel the axes matter: :math:`L` is then the product of the
+    standard deviations and the symmetric root of the correlations, and the rule is equivariant to
+    scalings and to the order of the coordinates.
 
     ``calibrate`` rescales the estimate so that Stein's identity
     :math:`E_q[(x - m) \cdot \nabla \log q(x)] = -D` holds on the particles themselves:
@@ -210,7 +212,8 @@ class WGD:
         if self.whiten is None or len(everyone) == 1:
             velocity, matrix = self._estimate(kernel, everyone, rows, step, pooled)
             return Repulsion(velocity, matrix)
-        white, unwhiten = _whiten(everyone, self.whiten if pooled else "diag")
+        isotropic = getattr(kernel, "isotropic", True)
+        white, unwhiten = _whiten(everyone, self.whiten if pooled else "diag", isotropic)
         velocity, matrix = self._estimate(kernel, white, rows, step, pooled)
         return Repulsion(unwhiten(velocity), matrix)
 
@@ -246,8 +249,7 @@ class WGD:
             keep = self.num_eigenpairs or len(regular[0])
             values, vectors = values[:, -keep:], vectors[:, :, -keep:]
             inverse = k @ (vectors / values.unsqueeze(-2).square()) @ vectors.mT
-        # Matrices between particles first: the product with all features is the dear one.
-        return matrix.product(inverse @ matrix.laplacian(k.new_full((1, 1, 1), -1.0)))
+        return matrix.gradient_sum(k.new_full((1, 1, 1), -1.0), inverse)
 
 
 @dataclass(frozen=True)
@@ -306,9 +308,7 @@ class SVGD:
         # k(theta_j, theta_i) has the first argument in rows, so both sums run over rows.
         k = matrix.between.mT[:, rows] / count
         driving = _from_groups(k @ _by_group(scores, pooled), scores)
-        value, slope = matrix.value.mT[:, rows], matrix.slope.mT[:, rows]
-        second = replace(matrix, value=value, slope=slope, rows=rows)
-        velocity = second.gradient_sum(k.new_full((1, 1, 1), -1 / count))
+        velocity = matrix.transposed(rows).gradient_sum(k.new_full((1, 1, 1), -1 / count))
         return Repulsion(velocity, matrix, driving)
 
 
@@ -380,10 +380,21 @@ def _stein_factor(
     return wanted / found.clamp(min=wanted / 1000, max=wanted * 1000)
 
 
-def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tuple[Tensor, Any]:
+def _whiten(
+    everyone: Float[Tensor, "particle point feature"], how: str, isotropic: bool
+) -> tuple[Tensor, Any]:
     """Coordinates with unit covariance, and the map of a velocity there back to ours.
 
-    With S = L L^T and z = L^-1 (x - m), a score transforms as L^-T.
+    With S = A A^T and z = A^-1 (x - m), a score transforms as A^-T. Any such A will do for a kernel
+    that sees distances only, and the Cholesky factor is the cheapest. Of all A, the product of the
+    standard deviations and the symmetric root of the correlations has the z that correlate most
+    with the x, so that single coordinates of z mean those of x; it depends on neither order nor
+    scale of the coordinates.
+
+    Args:
+        everyone: representation of all particles.
+        how: ``"diag"`` or ``"full"``.
+        isotropic: whether the kernel sees distances only.
     """
     count, num_points, num_features = everyone.shape
     x = everyone.flatten(1)
@@ -391,10 +402,14 @@ def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tupl
     variance = x.square().sum(0) / (count - 1)
     # A coordinate in which particles agree has no scale of its own.
     variance = torch.where(variance > 0, variance, torch.ones_like(variance))
+    scale = variance.sqrt()
     if how == "diag":
-        scale = variance.sqrt()
         white = (x / scale).reshape(everyone.shape)
         return white, lambda v: v / scale.reshape(num_points, num_features)
+    if not isotropic:
+        root = _inverse_root(x / scale)
+        white = (x / scale @ root).reshape(everyone.shape)
+        return white, lambda v: (v.flatten(1) @ root / scale).reshape(v.shape)
     covariance = (1 - SHRINKAGE) * (x.T @ x) / (count - 1) + SHRINKAGE * variance.diag()
     factor = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(factor, x.T, upper=False).T.reshape(everyone.shape)
@@ -404,3 +419,13 @@ def _whiten(everyone: Float[Tensor, "particle point feature"], how: str) -> tupl
         return torch.linalg.solve_triangular(factor.T, flat.T, upper=True).T.reshape(velocity.shape)
 
     return white, unwhiten
+
+
+def _inverse_root(standard: Float[Tensor, "particle param"]) -> Float[Tensor, "param param"]:
+    """Inverse symmetric root of the shrunk correlations, from particles with unit variances."""
+    correlation = (1 - SHRINKAGE) * (standard.T @ standard) / (len(standard) - 1)
+    ridge = SHRINKAGE * torch.eye(len(correlation), dtype=standard.dtype, device=standard.device)
+    values, vectors = torch.linalg.eigh(correlation + ridge)
+    # They are at least the shrinkage; rounding must not make them smaller.
+    values = values.clamp_min(max(SHRINKAGE / 2, torch.finfo(values.dtype).eps))
+    return (vectors * values.rsqrt()) @ vectors.T

@@ -24,6 +24,7 @@ ALLOWED = {
     "sites": {"_checks", "particles"},
     "bandwidths": {"_checks", "particles"},
     "kernels": {"_checks", "bandwidths"},
+    "additive": {"_checks", "kernels"},
     "diagnostics": {"_checks", "particles", "bandwidths", "kernels"},
     "spaces": {"_checks", "particles"},
     "perturbation": {"_checks", "particles"},
@@ -214,7 +215,7 @@ def test_the_table_has_levels():
 
 def test_only_modules_that_need_pyro_import_it():
     """Kernels, transports and metrics are tensors in, tensors out."""
-    tensors_only = ("particles", "bandwidths", "kernels", "lengthscales", "transports")
+    tensors_only = ("particles", "bandwidths", "kernels", "additive", "lengthscales", "transports")
     others = ("diagnostics", "schedules", "dynamics", "metrics")
     for name in ("_checks", "_random", "randomness", *tensors_only, *others):
         for path in files_of(name):

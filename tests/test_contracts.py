@@ -16,6 +16,7 @@ from pyro_fordes import (
     RBF,
     SVGD,
     WGD,
+    Additive,
     ArgumentError,
     Ensemble,
     Features,
@@ -65,6 +66,13 @@ KERNELS = {
         Mixture([RBF(Weights(), Median(per="particle")), IMQ(Weights())], weights=[3, 1]),
         False,
     ),
+    "Additive": (Additive(RBF(Weights())), True),
+    "Additive, features only": (Additive(IMQ(Weights(), Fixed(0.7)), share=1.0), True),
+    "Additive of a mixture": (
+        Additive(Mixture([RBF(Weights(), Median(factor=0.2)), IMQ(Weights())], [1, 2]), share=0.6),
+        True,
+    ),
+    "Additive, not symmetric": (Additive(RBF(Weights(), Median(per="particle"))), False),
 }
 SPACES = {
     "Weights": Weights(),
@@ -144,11 +152,17 @@ def test_kernel_symmetry_and_positive_definiteness(name):
         assert not torch.allclose(k, k.T)
 
 
-def members(kernel):
-    """Weights and kernels that a kernel is the sum of."""
+def values(kernel, local, r):
+    """The kernel's formula with explicit differences: (point, local, particle)."""
     if isinstance(kernel, Mixture):
-        return list(zip(kernel.weights, kernel.kernels, strict=True))
-    return [(1.0, kernel)]
+        members = zip(kernel.weights, kernel.kernels, strict=True)
+        return sum(weight * values(member, local, r) for weight, member in members)
+    if isinstance(kernel, Additive):
+        features = zip(local.split(1, -1), r.split(1, -1), strict=True)
+        single = torch.stack([values(kernel.kernel, *feature) for feature in features]).mean(0)
+        return (1 - kernel.share) * values(kernel.kernel, local, r) + kernel.share * single
+    distances = ((local[:, None] - r[None, :]) ** 2).sum(-1).permute(2, 0, 1)
+    return kernel.profile(distances, kernel.evaluate(r).bandwidth)[0]
 
 
 @kernels
@@ -159,15 +173,47 @@ def test_kernel_gradient_is_that_of_its_value(name):
     weights = representation(5, 1, 5)[:, 0]
     matrix = kernel.evaluate(r)
     local = r.clone().requires_grad_()
-    distances = ((local[:, None] - r[None, :]) ** 2).sum(-1).permute(2, 0, 1)
-    value = sum(
-        weight * part.profile(distances, part.evaluate(r).bandwidth)[0]
-        for weight, part in members(kernel)
-    )
+    value = values(kernel, local, r)
     torch.testing.assert_close(value, matrix.value)
     (expected,) = torch.autograd.grad((weights * value.mean(0)).sum(), local)
     found = matrix.gradient_sum(weights[None])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    left = representation(5, 5, 1).transpose(0, 2)
+    multiplied = torch.einsum("oi,ibf->obf", left[0], expected)
+    found = matrix.gradient_sum(weights[None], left)
+    torch.testing.assert_close(found, multiplied, rtol=1e-9, atol=1e-12)
+
+
+@kernels
+def test_points_of_a_kernel_are_kernels_of_their_own_if_not_pooled(name):
+    """Values and weighted, multiplied gradients: each point alone gives what all together give."""
+    kernel = KERNELS[name][0]
+    r = representation(6)
+    weights, left = representation(6, 6, 8).permute(2, 0, 1).split(4)
+    together = kernel.evaluate(r, pooled=False)
+    sums = together.gradient_sum(weights, left)
+    for b in range(4):
+        alone = kernel.evaluate(r[:, b : b + 1], pooled=False)
+        torch.testing.assert_close(together.between[b], alone.between[0], rtol=1e-9, atol=1e-12)
+        found = alone.gradient_sum(weights[b : b + 1], left[b : b + 1])
+        torch.testing.assert_close(sums[:, b : b + 1], found, rtol=1e-9, atol=1e-12)
+
+
+@kernels
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3)])
+def test_kernel_as_a_function_of_its_second_argument(name, rows):
+    """``transposed``: what `SVGD` sums, against autograd; -sum_j w_ij grad_j k(r_j, r_i)."""
+    kernel = KERNELS[name][0]
+    r = representation()
+    matrix = kernel.evaluate(r)
+    weights = torch.randn(5, 5, dtype=r.dtype, generator=torch.Generator().manual_seed(0))[rows]
+    torch.testing.assert_close(matrix.transposed(rows).mean, matrix.mean.T[rows])
+    found = matrix.transposed(rows).gradient_sum(weights[None])
+    first = r.clone().requires_grad_()
+    weighted = (weights * values(kernel, first, r).mean(0).T[rows]).sum(1)
+    for i, total in enumerate(weighted):
+        (gradients,) = torch.autograd.grad(total, first, retain_graph=True)
+        torch.testing.assert_close(found[i], -gradients.sum(0), rtol=1e-9, atol=1e-12)
 
 
 @kernels

@@ -15,6 +15,7 @@ from pyro_fordes import (
     RBF,
     SVGD,
     WGD,
+    Additive,
     ArgumentError,
     Fixed,
     HeatEquation,
@@ -23,6 +24,7 @@ from pyro_fordes import (
     Median,
     Mixture,
     Weights,
+    additive,
     kernels,
 )
 from pyro_fordes.bandwidths import heat_residual
@@ -393,3 +395,52 @@ def test_mixture_computes_distances_once(monkeypatch):
         representation(5, 2, 3)
     )
     assert calls == [5]
+
+
+# -------------------------------------------------------------------- additive kernels
+
+
+@pytest.mark.parametrize(("points", "features"), [(1, 30), (9, 4), (9, 30)])
+def test_additive_kernel_in_blocks_is_the_same(points, features, monkeypatch):
+    """Blocks of some features of a point, or of some points; one block is kept, more are not."""
+    r = representation(6, points, features)
+    kernel = Additive(RBF(Weights()), share=0.7)
+    weights = representation(6, 6, 1, seed=1).permute(2, 0, 1)
+    whole = kernel.evaluate(r, slice(1, 5))
+    assert len(list(whole.parts())) == 1
+    monkeypatch.setattr(additive, "BLOCK", 0)
+    found = kernel.evaluate(r, slice(1, 5))
+    sizes = [part.matrix.value.shape[0] for part in found.parts()]
+    assert len(sizes) > 4
+    assert sum(sizes) == points * features
+    assert max(sizes) <= -(-points * features // 6)  # kernels no larger than the particles
+    for name in ("value", "bandwidth"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name))
+    local = weights[:, 1:5]
+    torch.testing.assert_close(found.gradient_sum(local), whole.gradient_sum(local))
+    found = kernel.evaluate(r).transposed(slice(1, 5))
+    monkeypatch.undo()
+    whole = kernel.evaluate(r).transposed(slice(1, 5))
+    torch.testing.assert_close(found.gradient_sum(local), whole.gradient_sum(local))
+
+
+def test_additive_kernel_of_one_feature_is_the_kernel():
+    r = representation(6, 3, 1)
+    for pooled in (True, False):
+        plain = RBF(Weights()).evaluate(r, pooled=pooled)
+        found = Additive(RBF(Weights()), share=0.4).evaluate(r, pooled=pooled)
+        ones = torch.ones(1, 6, 6, dtype=r.dtype)
+        torch.testing.assert_close(found.value, plain.value)
+        torch.testing.assert_close(found.bandwidth, plain.bandwidth)
+        torch.testing.assert_close(found.gradient_sum(ones), plain.gradient_sum(ones))
+
+
+def test_additive_kernel_follows_the_step():
+    r = representation(6, 1, 2)
+    kernel = Additive(RBF(Weights(), Fixed(lambda step: 1.0 + step)))
+    assert kernel.evaluate(r, step=2).bandwidth.item() == pytest.approx(3.0)
+
+
+def test_mixtures_take_no_additive_kernels():
+    with pytest.raises(ArgumentError, match="must be a kernel such as RBF"):
+        Mixture([Additive(RBF(Weights()))])

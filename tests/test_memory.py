@@ -12,7 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_fordes import RBF, SVGD, WGD, ParticleInference, Weights, bayesianize
+from pyro_fordes import (
+    RBF,
+    SVGD,
+    WGD,
+    Additive,
+    ParticleInference,
+    Weights,
+    additive,
+    bayesianize,
+)
 from tests.test_contracts import SPACES, TRANSPORTS, Model, X, Y
 
 MANY = 40  # particles, so that a square of them stands out
@@ -46,11 +55,11 @@ def storages(tree):
     return [(tensor, tensor.untyped_storage()) for tensor in tensors]
 
 
-def of_repel(name, shape, pooled=True):
+def of_repel(name, shape, pooled=True, kernel=RBF(Weights())):
     """Memory of a transport alone, on a representation of a shape."""
     r, scores = torch.randn(2, *shape).unbind()
     with Memory() as memory:
-        TRANSPORTS[name].repel(RBF(Weights()), r, scores=scores, pooled=pooled)
+        TRANSPORTS[name].repel(kernel, r, scores=scores, pooled=pooled)
     return memory
 
 
@@ -91,6 +100,19 @@ def test_transport_keeps_no_differences_of_pairs(name, points, features, pooled)
         largest = max(largest, (points * features) ** 2)
     assert memory.largest <= largest
     assert memory.peak <= 8 * kernels(name) * largest
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSPORTS if name != "HybridSVGD"])
+@pytest.mark.parametrize(("points", "features"), [(1, 300), (7, 60)])
+def test_additive_kernel_keeps_a_block_at_a_time(name, points, features, monkeypatch):
+    """HybridSVGD makes its own `RBF` beside the kernel, which is another matter."""
+    monkeypatch.setattr(additive, "BLOCK", 0)
+    memory = of_repel(name, (MANY, points, features), kernel=Additive(RBF(Weights())))
+    largest = max(MANY * points * features + MANY**2, MANY**2 * points)
+    if whitens_fully(name):
+        largest = max(largest, (points * features) ** 2)
+    assert memory.largest <= largest
+    assert memory.peak <= 10 * largest
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSPORTS if not whitens_fully(name)])
