@@ -324,8 +324,8 @@ def cifar_verdict(runs: Runs) -> list[str]:
         ordered = sorted(gains, key=lambda kind: gains[kind])
         ratio = statistics.fmean(seed["force_ratio"] for seed in run["seeds"])
         lines.append(
-            f"- {run['method']}, {seeds} seeds: {'; '.join(parts)}. The difference in NLL goes from "
-            f"{gains[ordered[0]]:+.3f} ({ordered[0].replace('_', ' ')}) to "
+            f"- {run['method']}, {seeds} seeds: {'; '.join(parts)}. The difference in NLL goes "
+            f"from {gains[ordered[0]]:+.3f} ({ordered[0].replace('_', ' ')}) to "
             f"{gains[ordered[-1]]:+.3f} ({ordered[-1].replace('_', ' ')}). At the end of training "
             f"repulsion had {100 * ratio:.1f} % of the norm of the driving force."
         )
