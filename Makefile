@@ -10,7 +10,7 @@ VENV1 := .venv-arviz1
 .PHONY: help demo test test-arviz1 lint format bench docs linkcheck build smoke clean
 
 help:
-	@echo "make demo    train and compare ensembles on handwritten digits (3 minutes)"
+	@echo "make demo    train and compare ensembles on handwritten digits (a minute or two)"
 	@echo "make test    run all tests"
 	@echo "make test-arviz1  run the tests of the export on ArviZ 1.x, with python3.12"
 	@echo "make lint    ruff and mypy"

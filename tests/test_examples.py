@@ -1,11 +1,13 @@
 """Examples run with ``--smoke`` and leave what they promise."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import arviz
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,6 +228,32 @@ def test_cifar(tmp_path):
     out = tmp_path / "other"
     printed = run("cifar.py", "--smoke", "--method", "forde-tuned", "--out", out, *options)
     assert rows_of(printed.replace("±", ""), ["clean", "corrupted"], 8)
+
+
+def test_cifar_seeds_go_on_where_they_were_stopped(tmp_path):
+    methods = ["deep ensemble", "FoRDE-PCA x10"]
+    folders = ["--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    options = ["--smoke", "--methods", *methods, *folders]
+    whole = run("cifar_seeds.py", *options)
+    rows = rows_of(whole.replace("±", ""), methods, 9)
+    assert rows["deep ensemble"][1] == 0  # less itself
+    assert rows["FoRDE-PCA x10"][1] != 0
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    assert len(files) == 2
+    kept = [json.loads(path.read_text())["seeds"] for path in files]
+    for seeds in kept:
+        assert [one["seed"] for one in seeds] == [0, 1]
+        assert {"clean", "gaussian_noise 3", "contrast", "corrupted"} <= seeds[0]["scores"].keys()
+    content = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps({**content, "seeds": content["seeds"][:1]}))
+    shutil.rmtree(tmp_path / "out")
+    assert run("cifar_seeds.py", *options) == whole
+    again = [json.loads(path.read_text())["seeds"] for path in files]
+    for before, now in zip(kept, again, strict=True):
+        assert [one["scores"] for one in now] == [one["scores"] for one in before]
+    files[0].write_text(json.dumps({**json.loads(files[0].read_text()), "settings": {"width": 9}}))
+    with pytest.raises(AssertionError, match="is of other settings"):
+        run("cifar_seeds.py", *options)
 
 
 def test_benchmark_of_the_memory_of_predictions():
