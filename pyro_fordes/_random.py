@@ -123,6 +123,16 @@ class RandomStream:
         self._state = None if cpu is None else (cpu, cuda if torch.cuda.is_available() else None)
 
     @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Draw what this stream would give next, and leave it where it is."""
+        before = self._state
+        try:
+            with self.active():
+                yield
+        finally:
+            self._state = before
+
+    @contextmanager
     def active(self) -> Iterator[None]:
         """Draw from this stream inside; torch's global state is restored after."""
         with preserved_rng():

@@ -345,7 +345,7 @@ class ParticleInference:
 
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss that `step` would return, without an update.
+        """The loss that `step` would return, without an update or a random number used up.
 
         Args:
             *args: arguments of the model.
@@ -357,7 +357,7 @@ class ParticleInference:
         with self._together("evaluate_loss", args, kwargs):
             with torch.enable_grad():
                 self.setup(*args, **kwargs)
-            with self._random.active():
+            with self._random.looked_at():
                 evaluation = self._evaluate(args, kwargs)
             return -self._gather(evaluation.log_joint).mean().item()
 

@@ -536,6 +536,24 @@ def test_callback_must_be_a_function_before_any_step():
     assert inference._step == 0
 
 
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_evaluate_loss_is_that_of_the_next_draw_and_leaves_it_to_the_step(vectorize):
+    def model(x):
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=3) as rows:
+            pyro.sample("y", dist.Normal(weight, 1.0), obs=x[rows])
+
+    def made():
+        given = {"kernel": RBF(Weights()), "seed": 0, "vectorize": vectorize}
+        return ParticleInference(model, pyro.optim.SGD({"lr": 1e-3}), 4, **given)
+
+    x = torch.arange(20.0)
+    looked, plain = made(), made()
+    for _ in range(3):
+        first, *others = (looked.evaluate_loss(x), looked.evaluate_loss(x), looked.step(x))
+        assert [*others, plain.step(x)] == pytest.approx([first] * 3, rel=1e-5)
+
+
 def test_evaluate_loss_is_the_next_steps_loss():
     x, y = regression_data(torch.float32)
     inference = ParticleInference(regression, sgd(), 3, kernel=RBF(Weights()), seed=0)
