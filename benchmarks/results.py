@@ -188,8 +188,7 @@ def ablations(runs: Runs) -> list[str]:
         "median bandwidth per point, normalised gradients of the raw logit, all points, every "
         "step; each row below it changes one of these. ± is the standard error over seeds of the "
         "difference, which is paired. Strength was not tuned for any row, and the deep "
-        "ensemble has neither tuned weight decay nor input noise; what the latter buys is "
-        "in [examples](examples.md). "
+        "ensemble has neither tuned weight decay nor input noise: the next section has both. "
         f"`python examples/ablations.py --seeds {seeds} --runs docs/results/ablations`, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
