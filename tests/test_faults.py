@@ -54,7 +54,9 @@ class Poisoned(PyroModule):
         weight = self.net.weight
         hit = (weight == self.target).all()
         huge = torch.where(hit, x.new_tensor(1e308), 0.0)
-        mean = self.net(self.norm(x)).squeeze(-1)
+        # Without the tanh, a batch's normalised gradients would be those of a sum that BatchNorm
+        # keeps at zero: rounding.
+        mean = self.net(self.norm(x)).squeeze(-1).tanh()
         total = weight.sum() if self.how == "force" else weight.sum().detach()
         pyro.factor("far", 10.0 * (huge * (total - total.detach())), has_rsample=False)
         if self.how == "loss":
