@@ -15,8 +15,10 @@ product with some :math:`u`, summed over the N entries of a channel, is :math:`\
 .. math:: A = \sum u g - \tfrac1N U G - \tfrac1N P Q, \quad U = \sum u,\ G = \sum g,\
     P = \sum u \hat x,\ Q = \sum g \hat x.
 
-Its derivative by :math:`\gamma` is :math:`s A`, that by :math:`g` is what the layer's own backward
-pass makes of :math:`u`, and that by :math:`x` is
+The gradient by the input is that of Ioffe & Szegedy 2015, Section 3, its sums over the batch
+written as means; the rest is derived from it. The derivative of the product by :math:`\gamma` is
+:math:`s A`, that by :math:`g` is what the layer's own backward pass makes of :math:`u`, and that by
+:math:`x` is
 
 .. math:: -\tfrac1N \gamma s^2 \left[ Q (u - \bar u) + P (g - \bar g)
     + (A - \tfrac2N P Q)\, \hat x \right].
@@ -65,6 +67,7 @@ class _Layers(TorchFunctionMode):
     ) -> Any:
         """Call a function, or what stands for it here."""
         kwargs = kwargs or {}
+        # A model's own torch.func.grad has its own rules. torch has no public way to ask for it.
         inside = _functorch.peek_interpreter_stack()
         if inside is not None and inside.key() != _functorch.TransformType.Vmap:
             return func(*args, **kwargs)
@@ -138,11 +141,10 @@ def _is_ours(*tensors: Tensor | None, cast: bool = False) -> bool:
     if not first.is_floating_point() or any(one.dtype != first.dtype for one in others):
         return False
     device = first.device.type
-    if cast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        cast = first.dtype not in (torch.float64, torch.get_autocast_dtype(device))
-    else:
-        cast = False
-    return not cast and forward_ad._current_level < 0
+    under = cast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if under and first.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+        return False
+    return forward_ad._current_level < 0
 
 
 class _Convolution(torch.autograd.Function):
