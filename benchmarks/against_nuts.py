@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_fordes
-from pyro_fordes import RBF, SVGD, WGD, Additive, Outputs, ParticleInference, Weights
+from pyro_fordes import RBF, SVGD, WGD, Additive, Median, Outputs, ParticleInference, Weights
 from pyro_fordes.kernels import Kernel
 from pyro_fordes.spaces import Space
 from pyro_fordes.transports import Transport
@@ -140,6 +140,11 @@ def _rules() -> dict[str, Rule]:
     rules["WGD sge, calibrated, Additive"] = lambda p, s, seed: ours(
         p, s, seed, calibrated("sge")(p), kernel=Additive(RBF(Weights()))
     )
+    wide = RBF(Weights(), Median(factor=4.0))
+    for name, kernel in {"wide": wide, "wide, Additive": Additive(wide)}.items():
+        rules[f"SVGD, calibrated, {name}"] = lambda p, s, seed, k=kernel: ours(
+            p, s, seed, SVGD(whiten=p.whiten, calibrate=True), kernel=k
+        )
     for group in ("joint", "coordinate"):
         rules[f"SVGD, {group}"] = lambda p, s, seed, g=group: ours(
             p, s, seed, SVGD(), Weights(group=g)

@@ -250,9 +250,18 @@ def rules(only):
     if only != "numpyro" and importlib.util.find_spec("torch"):
         import torch
 
-        from pyro_fordes import RBF, WGD, Additive, Weights
+        from pyro_fordes import RBF, SVGD, WGD, Additive, Median, Weights
 
         torch.set_num_threads(1)
+        wide = RBF(Weights(), Median(factor=4.0))
+        for name, kernel in {
+            "wide": wide,
+            "wide, Additive": Additive(wide),
+            "Additive": Additive(RBF(Weights()), share=0.9),
+        }.items():
+            found[f"ours: SVGD, full, calibrated, {name}"] = ours(
+                SVGD(whiten="full", calibrate=True), kernel
+            )
         found["ours: sge, full, calibrated, Additive"] = ours(
             WGD("sge", whiten="full", calibrate=True), Additive(RBF(Weights()))
         )
@@ -296,13 +305,17 @@ def show_dimensions(seeds, part):
     """Mean marginal standard deviation on standard Gaussians, a row for each rule."""
     import torch
 
-    from pyro_fordes import RBF, SVGD, WGD, Additive, Weights
+    from pyro_fordes import RBF, SVGD, WGD, Additive, Median, Weights
 
     torch.set_num_threads(1)
     calibrated = WGD("sge", whiten="full", calibrate=True)
     joint = RBF(Weights())
     found = {
         "sge, full, calibrated": (calibrated, joint),
+        "SVGD, full, calibrated, wide": (
+            SVGD(whiten="full", calibrate=True),
+            RBF(Weights(), Median(factor=4.0)),
+        ),
         "sge, full, calibrated, Additive": (calibrated, Additive(joint)),
         "sge, diag, calibrated": (WGD("sge", whiten="diag", calibrate=True), joint),
         "SVGD, joint": (SVGD(), joint),

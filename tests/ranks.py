@@ -161,6 +161,13 @@ def cases():
         ),
         "batch norm": ({"kernel": RBF(Weights())}, {"batch_norm": True}),
         "svgd weights": ({"kernel": RBF(Weights()), "transport": SVGD()}, {}),
+        "svgd calibrated": (
+            {
+                "kernel": RBF(Weights()),
+                "transport": SVGD(whiten="diag", calibrate=True),
+            },
+            {},
+        ),
         "svgd coordinates": (
             {"kernel": RBF(Weights(group="coordinate")), "transport": SVGD()},
             {"shared": True},

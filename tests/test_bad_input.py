@@ -29,6 +29,7 @@ from pyro_fordes import (
     Mixture,
     ModelError,
     NumericalError,
+    Outputs,
     ParticleInference,
     StateError,
     Weights,
@@ -591,6 +592,21 @@ PARTS = {
         lambda: WGD(whiten="pca"),
         ArgumentError,
         r"WGD\(whiten=\.\.\.\).*got 'pca'",
+    ),
+    "SVGD, calibrated but not white": (
+        lambda: SVGD(calibrate=True),
+        ArgumentError,
+        r"SVGD\(calibrate=True\).*give whiten='full' too",
+    ),
+    "SVGD, unknown whitening": (
+        lambda: SVGD(whiten="pca"),
+        ArgumentError,
+        r"SVGD\(whiten=\.\.\.\).*got 'pca'",
+    ),
+    "SVGD, white outputs": (
+        lambda: start(Regression(), X, Y, kernel=RBF(Outputs()), transport=SVGD(whiten="full")),
+        ArgumentError,
+        r"SVGD\(whiten=.*weight space only, got Outputs",
     ),
     "SVGD on input gradients": (
         lambda: start(Regression(), X, Y, kernel=RBF(InputGradients("x")), transport=SVGD()),

@@ -159,8 +159,11 @@ def kernels(draw):
 @st.composite
 def transports(draw):
     kind = draw(mostly([WGD, WGD, SVGD, Ensemble]))
+    if kind is SVGD:
+        whiten = draw(mostly([None, None, "diag", "full"]))
+        return SVGD(whiten, calibrate=whiten is not None and draw(st.booleans()))
     if kind is not WGD:
-        return kind() if kind in (SVGD, Ensemble) else kind
+        return kind() if kind is Ensemble else kind
     return WGD(
         draw(mostly(["kde", "blob", "sge", "ssge"])),
         ridge=draw(mostly([0.01, 0, 1e-12])),

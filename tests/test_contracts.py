@@ -114,6 +114,8 @@ TRANSPORTS = {
     "WGD(sge), calibrated": WGD("sge", whiten="full", calibrate=True),
     "WGD(sge), calibrated diag": WGD("sge", whiten="diag", calibrate=True),
     "SVGD": SVGD(),
+    "SVGD, calibrated": SVGD(whiten="full", calibrate=True),
+    "SVGD, calibrated diag": SVGD(whiten="diag", calibrate=True),
     "HybridSVGD": documented("HybridSVGD"),
     "Ensemble": Ensemble(),
 }
@@ -407,7 +409,7 @@ def test_every_space_trains_with_every_transport(name, transport):
     inference = ParticleInference(
         Model(), pyro.optim.Adam({"lr": 0.02}), 4, kernel=RBF(space), transport=rule, seed=0
     )
-    calibrated = isinstance(rule, WGD) and rule.calibrate
+    calibrated = isinstance(rule, WGD | SVGD) and rule.calibrate
     if (rule.uses_scores and not space.has_scores) or (calibrated and not space.own_values):
         with pytest.raises(ArgumentError, match=r"weight space only|needs the log likelihood"):
             inference.setup(X, Y)

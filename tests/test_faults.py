@@ -89,6 +89,7 @@ RULES = {
     "raw input gradients": (WGD("blob"), RBF(InputGradients("x", output="mean", normalize=False))),
     "outputs": (WGD(), RBF(Outputs("mean", group="point"))),
     "Stein": (SVGD(), RBF(Weights())),
+    "Stein, whitened": (SVGD(whiten="full", calibrate=True), RBF(Weights())),
     "Stein, coordinates": (SVGD(), RBF(Weights(group="coordinate"))),
     "Stein, outputs": (SVGD(), RBF(Outputs())),
 }

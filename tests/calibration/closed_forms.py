@@ -5,11 +5,13 @@ Each case runs for NUM_SEEDS seeds; the mean and spread of three statistics go t
 ``docs/calibration.md`` its table. Particles start uniformly in (-2, 2), unconstrained. Standard
 deviations have M - 1 in the denominator and are of the constrained values.
 
-Run ``python -m tests.calibration.closed_forms`` to record them anew (15 minutes).
+Run ``python -m tests.calibration.closed_forms`` to record them anew (15 minutes), or with the names
+of some transports to record these only.
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pyro
@@ -17,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 
-from pyro_fordes import RBF, SVGD, WGD, ParticleInference, Weights
+from pyro_fordes import RBF, SVGD, WGD, Median, ParticleInference, Weights
 
 RECORD = Path(__file__).with_suffix(".json")
 NUM_SEEDS = 20
@@ -133,16 +135,21 @@ TARGETS = {
 ONE_DIMENSION = ("Gamma-Poisson", "Beta-Bernoulli", "LogNormal")
 
 ESTIMATORS = ("kde", "blob", "sge", "ssge")
-# name: transport and group of the kernel
+JOINT, WIDE = RBF(Weights()), RBF(Weights(), Median(factor=4.0))
+# name: transport and kernel
 TRANSPORTS = {
-    **{name: (WGD(name), "joint") for name in ESTIMATORS},
+    **{name: (WGD(name), JOINT) for name in ESTIMATORS},
     **{
-        f"{name}, {whiten}, calibrated": (WGD(name, whiten=whiten, calibrate=True), "joint")
+        f"{name}, {whiten}, calibrated": (WGD(name, whiten=whiten, calibrate=True), JOINT)
         for whiten in ("diag", "full")
         for name in ESTIMATORS
     },
-    "SVGD, joint": (SVGD(), "joint"),
-    "SVGD, coordinate": (SVGD(), "coordinate"),
+    "SVGD, joint": (SVGD(), JOINT),
+    "SVGD, coordinate": (SVGD(), RBF(Weights(group="coordinate"))),
+    **{
+        f"SVGD, {whiten}, calibrated, wide kernel": (SVGD(whiten, calibrate=True), WIDE)
+        for whiten in ("diag", "full")
+    },
 }
 # In one dimension full whitening is diagonal whitening, and one coordinate is all of them.
 SAME_IN_ONE = {name for name in TRANSPORTS if "full" in name or "coordinate" in name}
@@ -157,7 +164,7 @@ CASES = [
 def run(target, transport, seed):
     """Statistics of one run: error of the mean in sd, ratios of sd to the exact one."""
     model, mean, sd = TARGETS[target]()
-    rule, group = TRANSPORTS[transport]
+    rule, kernel = TRANSPORTS[transport]
     steps = STEPS.get(target, FEWEST_STEPS)
     # A short memory of squared gradients: those of the start are far larger than all later ones.
     options = {"lr": 0.25, "lrd": 0.01 ** (1 / steps), "betas": (0.9, 0.95), "clip_norm": 1e9}
@@ -165,7 +172,7 @@ def run(target, transport, seed):
         model,
         pyro.optim.ClippedAdam(options),
         PARTICLES,
-        kernel=RBF(Weights(group=group)),
+        kernel=kernel,
         transport=rule,
         # Not from the prior, which for the Gaussian targets is the answer.
         init_loc_fn=init_to_uniform,
@@ -198,9 +205,12 @@ def table(record):
 
 
 def main():
-    """Run every case for every seed and write the record."""
-    record = {}
+    """Run every case, or those of the transports named, for every seed and write the record."""
+    wanted = sys.argv[1:] or list(TRANSPORTS)
+    record = json.loads(RECORD.read_text()) if sys.argv[1:] else {}
     for target, transport in CASES:
+        if transport not in wanted:
+            continue
         runs = [run(target, transport, seed) for seed in range(NUM_SEEDS)]
         found = {}
         for name in runs[0]:
@@ -211,7 +221,7 @@ def main():
             }
         record.setdefault(target, {})[transport] = found
         shown = "  ".join(f"{v['mean']:7.3f} +- {v['sd']:.3f}" for v in found.values())
-        print(f"{target:33} {transport:24} {shown}", flush=True)
+        print(f"{target:33} {transport:36} {shown}", flush=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
 
