@@ -234,10 +234,10 @@ def network(dataset: str, budget: Budget) -> nn.Module:
 class Classifier(PyroModule):
     """The Bayesian network; weight decay w beside a mean loss is a prior of precision N w."""
 
-    def __init__(self, net: nn.Module, num_data: int) -> None:
+    def __init__(self, net: nn.Module, num_data: int, weight_decay: float = WEIGHT_DECAY) -> None:
         super().__init__()
         self.num_data = num_data
-        self.net = bayesianize(net, prior=(num_data * WEIGHT_DECAY) ** -0.5)
+        self.net = bayesianize(net, prior=(num_data * weight_decay) ** -0.5)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Labels given images; the plate scales a batch to the whole training set."""
@@ -279,8 +279,11 @@ def train(options: argparse.Namespace, budget: Budget, images: Tensor, labels: T
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics_of(images))]
     )
     crop = v2.RandomCrop(source.side, padding=source.side // 8)
+    augment: list[Any] = [crop, v2.RandomHorizontalFlip(), scale]
+    if options.noise:
+        augment.append(v2.GaussianNoise(sigma=options.noise, clip=False))
     batches = DataLoader(
-        Images(images, labels, v2.Compose([crop, v2.RandomHorizontalFlip(), scale])),
+        Images(images, labels, v2.Compose(augment)),
         batch_size=budget.batch,
         shuffle=True,
         drop_last=True,
@@ -292,7 +295,7 @@ def train(options: argparse.Namespace, budget: Budget, images: Tensor, labels: T
     # Under torchrun each process has some of the particles.
     ranks = Ranks() if torch.distributed.is_torchelastic_launched() else None
     inference = ParticleInference(
-        Classifier(network(options.dataset, budget), len(images)).to(device),
+        Classifier(network(options.dataset, budget), len(images), options.weight_decay).to(device),
         pyro.optim.LambdaLR(
             {
                 "optimizer": torch.optim.SGD,
@@ -356,6 +359,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("out/cifar"), help="folder of the run")
     parser.add_argument("--alpha", type=float, default=0.2, help="of the tuned lengthscale")
     parser.add_argument("--strength", type=float, default=1.0, help="in units of the published")
+    parser.add_argument("--noise", type=float, default=0.0, help="sd on normalised inputs")
+    parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY)
     parser.add_argument("--every", type=int, default=1, help="repel at every so many-th step")
     parser.add_argument("--points", type=number, help="a number or a share of the batch")
     parser.add_argument("--particles", type=int, help="other than the budget's")

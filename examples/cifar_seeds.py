@@ -36,6 +36,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "FoRDE-PCA x1": FORDE,
     "FoRDE-PCA x10": (*FORDE, "--strength", "10"),
     "weight-RDE x1": ("--method", "weights"),
+    "deep ensemble, noise .2": ("--method", "ensemble", "--noise", "0.2"),
+    "deep ensemble, noise .4": ("--method", "ensemble", "--noise", "0.4"),
+    "deep ensemble, noise .8": ("--method", "ensemble", "--noise", "0.8"),
+    "deep ensemble, weight decay x4": ("--method", "ensemble", "--weight-decay", "2e-3"),
+    "deep ensemble, weight decay x16": ("--method", "ensemble", "--weight-decay", "8e-3"),
 }
 """The options of ``cifar.py`` for each method."""
 
@@ -43,10 +48,14 @@ ROWS: dict[str, tuple[str, ...]] = {
 class Data:
     """Images of a data set, decoded once; the test images are corrupted once."""
 
-    def __init__(self, folder: Path, dataset: str, budget: cifar.Budget) -> None:
-        read = cifar.SOURCES[dataset].read
-        self.images, self.labels = (part[: budget.train] for part in read(folder, True))
-        self.test_images, self.test_labels = (part[: budget.test] for part in read(folder, False))
+    def __init__(self, folder: Path, dataset: str, budget: cifar.Budget, validate: bool) -> None:
+        images, labels = cifar.SOURCES[dataset].read(folder, True)
+        self.images, self.labels = images[: budget.train], labels[: budget.train]
+        if validate:  # on training images that are not trained on
+            images, labels = images[budget.train :], labels[budget.train :]
+        else:
+            images, labels = cifar.SOURCES[dataset].read(folder, False)
+        self.test_images, self.test_labels = images[: budget.test], labels[: budget.test]
         self.budget = budget
         self.batches: dict[Any, Any] = {}
 
@@ -85,7 +94,10 @@ def run_file(label: str, seeds: int, data: Data, given: argparse.Namespace) -> d
     dataset, device = ("invented" if given.smoke else "cifar10"), "cpu"
     path = given.runs / f"{list(ROWS).index(label):02}-{label.replace(' ', '-')}.json"
     head = {"example": "cifar", "method": label, "options": " ".join(ROWS[label])}
-    content = opened(path, head, {"dataset": dataset, **vars(data.budget)}, "seeds")
+    settings = {"dataset": dataset, **vars(data.budget)}
+    if given.validate:
+        settings["tested"] = "on training images that were not trained on"
+    content = opened(path, head, settings, "seeds")
     for seed in range(len(content["seeds"]), seeds):
         command = ["--dataset", dataset, "--device", device, *ROWS[label], "--seed", str(seed)]
         options = cifar.arguments().parse_args(command)
@@ -116,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of repetitions")
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    parser.add_argument("--validate", action="store_true", help="test on spare training images")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data")
     parser.add_argument("--runs", type=Path, default=Path("out/cifar/runs"), help="run files")
     parser.add_argument("--out", type=Path, default=Path("out/cifar"), help="checkpoints")
@@ -126,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
     given.runs.mkdir(parents=True, exist_ok=True)
     budget = cifar.BUDGETS["smoke" if given.smoke else "minutes"]
-    data = Data(given.data, "invented" if given.smoke else "cifar10", budget)
+    data = Data(given.data, "invented" if given.smoke else "cifar10", budget, given.validate)
     # Seed by seed, so that a run that is stopped has the same seeds of all rows but the last one.
     with tqdm(total=given.seeds * len(given.methods), unit="fit") as bar:
         for seeds in range(1, given.seeds + 1):

@@ -4,14 +4,16 @@ Patients of 30 clinics (simulated) recover or not; the base rate and the effect 
 differ between clinics, some of which have a handful of patients. The model has plates, constrained
 sites and a data plate that a DataLoader subsamples, and is written as for any Pyro inference. It is
 fitted by SVI with a normal guide, by particles with a kernel per coordinate, on all rows and in
-minibatches, and with the calibrated rule; and compared with NUTS (stored in
+minibatches, and with two calibrated rules; and compared with NUTS (stored in
 ``hierarchical_logistic_nuts.json``; ``--nuts`` runs it anew). Prints a table; writes a figure.
 
-What to expect: three minutes on one core. All predict new patients as well as NUTS. Mean effects of
+What to expect: four minutes on one core. All predict new patients as well as NUTS. Mean effects of
 the clinics are right within a third of their standard deviation, by SVI and by coordinate, and
-intervals are too narrow by both (0.7 and 0.55 of NUTS's). The calibrated rule is not for this
-model: it ends at spreads between clinics that are two to three times too large, because scales and
-standardised effects form a funnel. See docs/calibration.md, "Where it fails".
+intervals are too narrow by both (0.7 and 0.55 of NUTS's). With a
+joint kernel the calibrated rule is not for this model: it ends at spreads between clinics that are
+two to three times too large, because scales and standardised effects form a funnel. Calibrated
+SVGD with a kernel that is mostly of single coordinates is within 10 % of the first spread, and its
+intervals are 1.3 times too wide. See docs/calibration.md, "Where it fails".
 """
 
 import argparse
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import trange
 
-from pyro_fordes import RBF, SVGD, WGD, ParticleInference, Weights, metrics
+from pyro_fordes import RBF, SVGD, WGD, Additive, ParticleInference, Weights, metrics
 
 STORED = Path(__file__).with_name("hierarchical_logistic_nuts.json")
 NUM_CLINICS, NUM_ROWS, NUM_TEST = 30, 600, 2000
@@ -127,21 +129,29 @@ def fit_svi(data: Patients, steps: int, draws: int) -> Samples:
     return Predictive(guide, num_samples=draws)(*data.rows())
 
 
+RULES = {
+    "by coordinate": (RBF(Weights(group="coordinate")), SVGD()),
+    "calibrated, joint": (RBF(Weights()), WGD("sge", whiten="full", calibrate=True)),
+    "calibrated, Additive": (
+        Additive(RBF(Weights()), share=0.9),
+        SVGD(whiten="full", calibrate=True),
+    ),
+}
+
+
 def fit_particles(
-    data: Patients, steps: int, particles: int, batch: int, *, calibrated: bool = False
+    data: Patients, steps: int, particles: int, batch: int, rule: str = "by coordinate"
 ) -> Samples:
     """The same model and optimiser, particles in place of the guide."""
-    if calibrated:
-        rule = {"kernel": RBF(Weights()), "transport": WGD("sge", whiten="full", calibrate=True)}
-    else:
-        rule = {"kernel": RBF(Weights(group="coordinate")), "transport": SVGD()}
+    kernel, transport = RULES[rule]
     inference = ParticleInference(
         model,
         decaying_adam(0.1, steps),
         particles,
+        kernel=kernel,
+        transport=transport,
         init_loc_fn=init_to_uniform(radius=1.0),
         seed=0,
-        **rule,
     )
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
@@ -278,7 +288,10 @@ def main() -> None:
         "SVI, AutoNormal": fit_svi(data, steps, draws=10 * particles),
         "by coordinate, all rows": fit_particles(data, steps, particles, NUM_ROWS),
         f"by coordinate, batches of {BATCH}": fit_particles(data, steps, particles, BATCH),
-        "calibrated, all rows": fit_particles(data, steps, particles, NUM_ROWS, calibrated=True),
+        "calibrated, joint": fit_particles(data, steps, particles, NUM_ROWS, "calibrated, joint"),
+        "calibrated, Additive": fit_particles(
+            data, steps, particles, NUM_ROWS, "calibrated, Additive"
+        ),
     }
     results = {label: summary(one, test) for label, one in samples.items()}
     print_table(reference, results)

@@ -574,10 +574,10 @@ class ParticleInference:
             transports that compare nothing.
 
         Raises:
-            StateError: if no step has been taken.
+            StateError: if no step has been taken since it was made or loaded.
         """
         if self._diagnostics is None:
-            raise StateError("no step has been taken yet; call step, run or fit first")
+            raise StateError("no step since it was made or loaded; call step, run or fit first")
         self._read_faults()
         return {
             name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value

@@ -448,12 +448,13 @@ def _stein_factor(
 ) -> Float[Tensor, "1 #point 1"]:
     """Factor that makes Stein's identity hold, one per kernel.
 
-    Between 1/1000 and 1000: far from rest, an estimate may carry no information on the scale.
+    Between 1/1000 and 1000 D: far from rest, an estimate may carry no information on the scale.
+    With a joint median bandwidth D dimensions need some D / log M.
     """
     dims = (0, 1, 2) if pooled else (0, 2)
     found = (centred * velocity).sum(dims, keepdim=True) / (len(centred) - 1)
     wanted = centred[0].numel() if pooled else centred.shape[2]
-    return wanted / found.clamp(min=wanted / 1000, max=wanted * 1000)
+    return wanted / found.clamp(min=1e-3, max=wanted * 1e3)
 
 
 def _gaussian_factor(
@@ -474,13 +475,13 @@ def _gaussian_factor(
         pooled: whether there is one kernel.
     """
     dims = (0, 1, 2) if pooled else (0, 2)
-    count = len(centred) - 1
-    full = count * (centred[0].numel() if pooled else centred.shape[2])
+    dimension = centred[0].numel() if pooled else centred.shape[2]
+    full = (len(centred) - 1) * dimension
     total = centred.square().sum(dims, keepdim=True)
     wanted = (centred * smooth).sum(dims, keepdim=True) * full
     found = (centred * velocity).sum(dims, keepdim=True) * total
-    # Far from rest, the kernel may carry no information on the scale.
-    return (wanted / found.clamp_min(torch.finfo(found.dtype).tiny)).clamp(1e-3, 1e3)
+    # Within bounds, for the reason and of the size of those of `_stein_factor`.
+    return (wanted / found.clamp_min(torch.finfo(found.dtype).tiny)).clamp(1e-3, 1e3 * dimension)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_eight_schools(tmp_path):
 def test_hierarchical_logistic(tmp_path):
     printed = run("hierarchical_logistic.py", "--smoke", "--nuts", "--out", tmp_path)
     labels = ["NUTS", "SVI, AutoNormal", "by coordinate, all rows", "by coordinate, batches of 100"]
-    rows = rows_of(printed, [*labels, "calibrated, all rows"], 7)
+    rows = rows_of(printed, [*labels, "calibrated, joint", "calibrated, Additive"], 7)
     assert rows["NUTS"][:2] == [0, 1]
     for values in rows.values():
         assert 0.4 < values[6] < 1.5  # a coin has 0.69

@@ -477,6 +477,19 @@ def test_calibrated_svgd_does_not_shrink_in_twenty_dimensions(count):
     assert ends[1] < 0.2
 
 
+def test_calibration_reaches_as_many_dimensions_as_a_network_has_weights():
+    """The factors are some thousands here."""
+    x = particles(4, 20_000)
+    centred = x - x.mean(0)
+    for estimator in ("kde", "sge"):
+        rule = WGD(estimator, whiten="diag", calibrate=True)
+        work = (centred * rule.repel(RBF(Weights()), x).velocity).sum()
+        assert work.item() == pytest.approx(3 * 20_000, rel=1e-9)
+    scores = -centred / x.var(0)
+    found = DIAGONAL.repel(RBF(Weights()), x, scores=scores)
+    assert (centred * total(found)).sum().abs() < 1e-9 * (centred * found.velocity).sum()
+
+
 def test_calibrated_svgd_has_no_fault_where_particles_agree():
     x = torch.ones(5, 1, 3, dtype=torch.float64)
     found = FULL.repel(RBF(Weights()), x, scores=scores_of(x))
