@@ -26,6 +26,7 @@ UCI_METHODS = (
     "SVGD, weights",
     "WGD, weights",
     "WGD, weights, calibrated",
+    "SVGD, weights, calibrated",
     "WGD, outputs",
     "WGD, outputs around the data",
     "FoRDE-PCA",
@@ -164,7 +165,7 @@ def against_pyro(
     head = ["", "best of our particle methods", "minus pyro.infer.SVGD", "minus deep ensemble"]
     return [
         "Test log likelihood, paired by split. Which method is best was read off these numbers, "
-        "out of eight.",
+        "out of nine.",
         "",
         *markdown(head, rows),
         "",
@@ -408,8 +409,8 @@ def cifar_tuning(runs: Runs) -> list[str]:
         "",
         f"The ensembles of the section above on {runs[0]['settings']['test']:,} training images "
         f"that were not trained on, clean and corrupted, mean over {seeds} seeds. Noise is added "
-        "to the training inputs, in units of their standard deviation; weight decay in units of the "
-        "recipe's 0.0005. The smallest sum of both NLL was taken for the rows above that have it. "
+        "to the training inputs, in units of their standard deviation; weight decay is in units of "
+        "the recipe's 0.0005. The smallest sum of both NLL was taken for the rows above. "
         "`python examples/cifar_seeds.py --validate --runs docs/results/cifar_tuning`.",
         "",
         *markdown(head, rows),

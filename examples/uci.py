@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from pyro_fordes import (
     WGD,
     Ensemble,
     InputGradients,
+    Median,
     Outputs,
     ParticleInference,
     Weights,
@@ -162,6 +163,7 @@ class Method:
     space: Callable[[Split], Any] = lambda data: Weights()
     transport: Any = None
     strength: float | None = 1.0
+    bandwidth: Any = field(default_factory=Median)
 
 
 METHODS = {
@@ -171,6 +173,9 @@ METHODS = {
     "SVGD, weights": Method(transport=SVGD()),
     "WGD, weights": Method(transport=WGD()),
     "WGD, weights, calibrated": Method(transport=WGD("sge", whiten="diag", calibrate=True)),
+    "SVGD, weights, calibrated": Method(
+        transport=SVGD(whiten="diag", calibrate=True), bandwidth=Median(factor=4.0)
+    ),
     "WGD, outputs": Method(lambda data: Outputs("net"), WGD()),
     "WGD, outputs around the data": Method(
         lambda data: Outputs("net", points=around(data)), WGD(), None
@@ -223,7 +228,7 @@ def fit(
         Regression(data.x.shape[1], len(data.y)),
         pyro.optim.ClippedAdam(decayed(steps)),
         particles,
-        kernel=RBF(method.space(data)),
+        kernel=RBF(method.space(data), method.bandwidth),
         transport=method.transport,
         init_loc_fn=Given(start(data, particles, seed)),
         repulsion_scale=len(data.y) / BATCH if method.strength is None else method.strength,
