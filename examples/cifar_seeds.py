@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "deep ensemble, noise .8": ("--method", "ensemble", "--noise", "0.8"),
     "deep ensemble, weight decay x4": ("--method", "ensemble", "--weight-decay", "2e-3"),
     "deep ensemble, weight decay x16": ("--method", "ensemble", "--weight-decay", "8e-3"),
+    "FoRDE-PCA x10, noise .2": (*FORDE, "--strength", "10", "--noise", "0.2"),
 }
 """The options of ``cifar.py`` for each method."""
 

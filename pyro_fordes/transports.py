@@ -277,25 +277,24 @@ class SVGD:
     ``whiten`` evaluates the sum in coordinates :math:`z = L^{-1}(x - \bar x)` of unit covariance,
     with the scores that belong to them, and maps it back by :math:`L^{-T}`, as in `WGD`.
 
-    ``calibrate`` multiplies the repulsion by the one number with which a Gaussian that has the
-    particles' mean and covariance, whose score is :math:`-z`, would neither widen nor narrow them:
+    ``calibrate`` multiplies the repulsion by the one number with which a Gaussian target that has
+    the particles' own mean and covariance S would neither widen nor narrow them. Its scores are
+    :math:`-S^+ (x - \bar x)`, so with the centred particles X in rows
 
-    .. math:: a = \frac{\sum_{ij} k(z_j, z_i)\, z_j \cdot z_i}
-        {\sum_{ij} z_i \cdot \nabla_{z_j} k(z_j, z_i)}
+    .. math:: a = \frac{(M - 1)\, \mathrm{tr}(K P)}
+        {\sum_{ij} (x_i - \bar x) \cdot \nabla_{x_j} k(x_j, x_i)}, \quad P = X (X^T X)^+ X^T
 
-    (times :math:`(M-1) D / \sum_i |z_i|^2`, which is 1 unless there are fewer particles than
-    dimensions). At rest on a Gaussian target with covariance :math:`\Sigma` the particles'
-    covariance S has :math:`\mathrm{tr}(L^T \Sigma^{-1} L\, N) = \mathrm{tr}(N)` with
-    :math:`N = \sum_{ij} k(z_j, z_i) z_j z_i^T`, which S = :math:`\Sigma` fulfils with every kernel.
-    For other targets the factor tends to 1 with many particles only as far as they look like a
-    Gaussian to the kernel.
+    times :math:`D / \mathrm{tr}\, P`, which is 1 unless there are too few particles for D
+    dimensions. In any coordinates, white or not, a Gaussian target whose moments the particles have
+    then leaves their size alone, with every kernel. For other targets it is an approximation: with
+    many particles the factor tends to 1 only as far as they look like a Gaussian to the kernel.
 
     Args:
         whiten: None, ``"diag"`` or ``"full"``; weight space only. See `WGD` for its size.
-        calibrate: whether to rescale the repulsion; needs ``whiten``.
+        calibrate: whether to rescale the repulsion; weight space only.
 
     Raises:
-        ArgumentError: if an argument is unknown, or ``calibrate`` comes without ``whiten``.
+        ArgumentError: if an argument is unknown.
 
     Example:
         >>> from pyro_fordes import RBF, Fixed, Weights
@@ -316,11 +315,6 @@ class SVGD:
         """Check the arguments."""
         if self.whiten is not None:
             check_choice("SVGD(whiten=...)", self.whiten, ("diag", "full"))
-        elif self.calibrate:
-            raise ArgumentError(
-                "SVGD(calibrate=True) compares the particles with a Gaussian in white coordinates; "
-                "give whiten='full' too, or whiten='diag' for networks"
-            )
 
     @property
     def repulsive(self) -> bool:
@@ -381,9 +375,7 @@ class SVGD:
         k = matrix.between.mT[:, wanted] / count
         velocity = matrix.transposed(wanted).gradient_sum(k.new_full((1, 1, 1), -1 / count))
         if self.calibrate and count > 1:
-            centred = matrix.everyone
-            smooth = _from_groups(k @ _by_group(centred, pooled), centred)
-            velocity = velocity * _gaussian_factor(centred, smooth, velocity, pooled)
+            velocity = velocity * _gaussian_factor(matrix.everyone, k, velocity, pooled)
             k, velocity = k[:, rows], velocity[rows]
         return _from_groups(k @ _by_group(scores, pooled), scores), velocity, matrix
 
@@ -459,29 +451,43 @@ def _stein_factor(
 
 def _gaussian_factor(
     centred: Float[Tensor, "particle point feature"],
-    smooth: Float[Tensor, "particle point feature"],
+    kernel: Float[Tensor, "group particle particle"],
     velocity: Float[Tensor, "particle point feature"],
     pooled: bool,
 ) -> Float[Tensor, "1 #point 1"]:
-    """Factor with which repulsion balances the smoothed forces of a white Gaussian, per kernel.
+    """Factor with which repulsion balances the smoothed scores of the particles' Gaussian.
 
-    With fewer particles than dimensions white coordinates have less than unit variance, all
-    together. The force that goes with that variance is stronger by as much.
+    With Z the centred particles in rows, S their covariance and P the projection on the columns of
+    Z, that Gaussian's scores are -Z S^+, and Z S^+ Z^T = (M - 1) P. The trace of P, which is the
+    smaller of D and M - 1, is scaled to D, so that fewer particles than dimensions end with the
+    variance that all dimensions have together.
 
     Args:
-        centred: the particles in white coordinates, minus the Gaussian's score.
-        smooth: the same, smoothed by the kernel.
+        centred: the particles minus their mean.
+        kernel: the matrix that smooths.
         velocity: the repulsion.
         pooled: whether there is one kernel.
     """
     dims = (0, 1, 2) if pooled else (0, 2)
-    dimension = centred[0].numel() if pooled else centred.shape[2]
-    full = (len(centred) - 1) * dimension
-    total = centred.square().sum(dims, keepdim=True)
-    wanted = (centred * smooth).sum(dims, keepdim=True) * full
-    found = (centred * velocity).sum(dims, keepdim=True) * total
+    z = _by_group(centred, pooled)
+    count, dimension = z.shape[1:]
+    # Coordinates of one size, so that one ridge will do for all. It is far above rounding, and far
+    # below what particles of a posterior have in any direction.
+    size = z.square().sum(1, keepdim=True).sqrt()
+    z = z / torch.where(size > 0, size, torch.ones_like(size))
+    # Z (Z^T Z + e)^-1 Z^T = Z Z^T (Z Z^T + e)^-1: the smaller matrix of the two.
+    inner, mixed = (z.mT @ z, z.mT @ kernel @ z) if dimension < count else (z @ z.mT, None)
+    trace = inner.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    ridge = 1e-6 * torch.where(trace > 0, trace, torch.ones_like(trace))
+    ridge = ridge * torch.eye(len(inner[0]), dtype=z.dtype, device=z.device)
+    mixed = kernel @ inner if mixed is None else mixed
+    both = torch.linalg.solve(inner + ridge, torch.cat([mixed, inner], 2))
+    smoothed, rank = (part.diagonal(dim1=1, dim2=2).sum(1) for part in both.split(len(inner[0]), 2))
+    wanted = (count - 1) * dimension * smoothed / rank.clamp_min(0.5)
+    found = (centred * velocity).sum(dims, keepdim=True)
+    least = torch.finfo(found.dtype).tiny
     # Within bounds, for the reason and of the size of those of `_stein_factor`.
-    return (wanted / found.clamp_min(torch.finfo(found.dtype).tiny)).clamp(1e-3, 1e3 * dimension)
+    return (wanted.reshape(found.shape) / found.clamp_min(least)).clamp(1e-3, 1e3 * dimension)
 
 
 @dataclass(frozen=True)
@@ -512,8 +518,9 @@ def _whiten(everyone: Float[Tensor, "particle point feature"], how: str, kernel:
     x = everyone.flatten(1)
     x = x - x.mean(0)
     variance = x.square().sum(0) / (count - 1)
-    # A coordinate in which particles agree has no scale of its own.
-    variance = torch.where(variance > 0, variance, torch.ones_like(variance))
+    # A coordinate in which particles agree, but for rounding, has no scale of its own.
+    apart = variance > (16 * torch.finfo(x.dtype).eps * everyone.abs().amax(0).flatten()).square()
+    x, variance = x * apart, torch.where(apart, variance, torch.ones_like(variance))
     scale = variance.sqrt()
     if how == "diag":
         each = scale.reshape(num_points, num_features)

@@ -593,11 +593,6 @@ PARTS = {
         ArgumentError,
         r"WGD\(whiten=\.\.\.\).*got 'pca'",
     ),
-    "SVGD, calibrated but not white": (
-        lambda: SVGD(calibrate=True),
-        ArgumentError,
-        r"SVGD\(calibrate=True\).*give whiten='full' too",
-    ),
     "SVGD, unknown whitening": (
         lambda: SVGD(whiten="pca"),
         ArgumentError,

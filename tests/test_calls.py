@@ -161,7 +161,7 @@ def transports(draw):
     kind = draw(mostly([WGD, WGD, SVGD, Ensemble]))
     if kind is SVGD:
         whiten = draw(mostly([None, None, "diag", "full"]))
-        return SVGD(whiten, calibrate=whiten is not None and draw(st.booleans()))
+        return SVGD(whiten, calibrate=draw(st.booleans()))
     if kind is not WGD:
         return kind() if kind is Ensemble else kind
     return WGD(

@@ -412,30 +412,44 @@ def test_white_svgd_is_the_double_loop_in_white_coordinates(calibrate):
     driving = torch.stack([sum(k[j, i] * s[j] for j in range(12)) for i in range(12)]) / 12
     apart = torch.stack([sum(gradient[j, i] for j in range(12)) for i in range(12)]) / 12
     if calibrate:
-        pull = torch.stack([sum(k[j, i] * z[j] for j in range(12)) for i in range(12)]) / 12
-        apart = apart * (z * pull).sum() / (z * apart).sum() * 11 * 3 / z.square().sum()
+        gaussian = -centred @ torch.linalg.inv(covariance) @ factor  # its scores, by z
+        pull = torch.stack([sum(k[j, i] * gaussian[j] for j in range(12)) for i in range(12)]) / 12
+        apart = apart * -(z * pull).sum() / (z * apart).sum()
     found = SVGD(whiten="full", calibrate=calibrate).repel(base, x[:, None], scores=scores[:, None])
     back = torch.linalg.inv(factor)
     close(found.driving, driving @ back)
-    close(found.velocity, apart @ back)
+    # The factor is found with a ridge of 1e-6.
+    torch.testing.assert_close(found.velocity[:, 0], apart @ back, rtol=1e-5, atol=1e-9)
 
 
-@bases
-@pytest.mark.parametrize("rule", [FULL, DIAGONAL], ids=["full", "diag"])
-def test_calibrated_svgd_keeps_the_variance_of_a_gaussian_that_is_right(rule, base, monkeypatch):
-    """sum_i z_i . v_i = 0 where the scores are those of a Gaussian with the particles' moments."""
-    monkeypatch.setattr(transports, "SHRINKAGE", 0.0)
-    x = particles(30, 4)[:, 0]
-    if rule is FULL:
-        x = x @ particles(4, 4, seed=3)[:, 0]
+@pytest.mark.parametrize("base", [*BASES.values(), IMQ(Weights())], ids=[*BASES, "IMQ"])
+@pytest.mark.parametrize("rule", [FULL, DIAGONAL, SVGD(calibrate=True)], ids=["full", "diag", "no"])
+def test_calibrated_svgd_keeps_the_size_of_a_gaussian_that_is_right(rule, base):
+    """sum_i x_i . v_i = 0 where the scores are those of a Gaussian with the particles' moments.
+
+    Its coordinates are correlated and of sizes from .05 to 10, also with as many particles as
+    dimensions, where the particles' covariance has no inverse and a share of the target is theirs.
+    """
+    for count in (30, 4):
+        mix = particles(4, 4, seed=3)[:, 0] * torch.tensor([0.05, 1.0, 10.0, 3.0]).double()
+        x = particles(count, 4)[:, 0] @ mix
+        centred = x - x.mean(0)
+        inverse = torch.linalg.pinv(centred.T @ centred / (count - 1))
+        scores = -centred @ inverse * (4 / min(count - 1, 4))
+        found = rule.repel(base, x[:, None], scores=scores[:, None])
+        work = (centred * total(found)[:, 0]).sum()
+        assert abs(work) < 1e-4 * (centred * found.velocity[:, 0]).sum()
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_calibrated_svgd_by_coordinate_keeps_each_variance(base):
+    """One kernel and one factor for each coordinate."""
+    x = particles(20, 3)[:, 0] * torch.tensor([0.1, 1.0, 30.0]).double()
     centred = x - x.mean(0)
-    covariance = centred.T @ centred / 29
-    if rule is DIAGONAL:
-        covariance = covariance.diagonal().diag()
-    scores = -centred @ torch.linalg.inv(covariance)
-    found = rule.repel(base, x[:, None], scores=scores[:, None])
-    work = (centred * total(found)[:, 0]).sum()
-    assert abs(work) < 1e-10 * (centred * found.velocity[:, 0]).sum()
+    scores = -centred / x.var(0)
+    found = DIAGONAL.repel(base, x[:, :, None], scores=scores[:, :, None], pooled=False)
+    work = (centred * total(found)[:, :, 0]).sum(0)
+    assert (work.abs() < 1e-4 * (centred * found.velocity[:, :, 0]).sum(0)).all()
 
 
 def test_calibrated_svgd_is_equivariant_to_affine_maps(monkeypatch):
@@ -448,7 +462,7 @@ def test_calibrated_svgd_is_equivariant_to_affine_maps(monkeypatch):
         inverse = torch.linalg.inv(matrix).T
         velocity = total(FULL.repel(RBF(Weights()), x, scores=scores))
         moved = total(FULL.repel(RBF(Weights()), x @ matrix + b, scores=scores @ inverse))
-        torch.testing.assert_close(moved, velocity @ inverse, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(moved, velocity @ inverse, rtol=1e-5, atol=1e-9)
 
 
 def test_calibrated_svgd_with_additive_kernels_keeps_scales_signs_and_order():
@@ -463,7 +477,7 @@ def test_calibrated_svgd_with_additive_kernels_keeps_scales_signs_and_order():
 
 @pytest.mark.parametrize("count", [8, 40])
 def test_calibrated_svgd_does_not_shrink_in_twenty_dimensions(count):
-    """Plain steps on a standard Gaussian, also with fewer particles than dimensions.
+    """Plain steps on a correlated Gaussian, also with fewer particles than dimensions.
 
     Plain SVGD ends at .09 and .13 of the variance.
     """
@@ -487,7 +501,19 @@ def test_calibration_reaches_as_many_dimensions_as_a_network_has_weights():
         assert work.item() == pytest.approx(3 * 20_000, rel=1e-9)
     scores = -centred / x.var(0)
     found = DIAGONAL.repel(RBF(Weights()), x, scores=scores)
-    assert (centred * total(found)).sum().abs() < 1e-9 * (centred * found.velocity).sum()
+    # Four particles span three dimensions, to which all of the variance belongs.
+    assert (centred * total(found)).sum().abs() < 0.01 * (centred * found.velocity).sum()
+
+
+@bases
+@pytest.mark.parametrize("rule", [FULL, DIAGONAL, *CALIBRATED[2:3]], ids=["full", "diag", "WGD"])
+def test_a_coordinate_in_which_particles_agree_but_for_rounding_has_no_scale(rule, base):
+    """Their variance is not 0: the mean of seven 0.3 is another number in single precision."""
+    x = particles(7, 3).float()
+    x[:, :, 2] = 0.3
+    assert (x[:, 0, 2] - x[:, 0, 2].mean()).abs().max() > 0
+    found = rule.repel(base, x, scores=scores_of(x))
+    assert found.velocity.abs().max() < 100
 
 
 def test_calibrated_svgd_has_no_fault_where_particles_agree():
