@@ -392,6 +392,7 @@ def cifar_verdict(runs: Runs) -> list[str]:
 
 def cifar_tuning(runs: Runs) -> list[str]:
     """How the deep ensemble's input noise and weight decay were chosen."""
+    runs = [run for run in runs if run["method"].startswith(BASE)]
     seeds = min(len(run["seeds"]) for run in runs)
     groups = [(data, metric) for data in ("clean", "corrupted") for metric in ("nll", "accuracy")]
     means = [

@@ -2,17 +2,18 @@
 
 The networks, data and recipe of ``cifar.py`` with ``--budget minutes``: four PreActResNets of three
 blocks, 4,000 training images, 1,000 test images, clean and under seven corruptions. A seed is a
-start and an order of batches (with their crops and flips), the same for every method, so that
-differences are paired. FoRDE repels at a quarter of a batch's points, at the published strength
-and at ten times that; nothing is chosen on the test images.
+start and an order of batches, the same for every method (crops and flips, too, where no noise is
+drawn between them), so that differences are paired. FoRDE repels at a quarter of a batch's points,
+at the published strength and at ten times that. ``--validate`` tests on training images that are
+left over: with it, noise and weight decay of the deep ensemble were chosen.
 
 Each method is a JSON file in ``--runs`` that grows by one seed at a time: the script may be killed
 and started again, and goes on where it was. ``python benchmarks/results.py`` makes the section of
 docs/results.md from these files.
 
-What to expect: eight minutes per seed on one core. At the published strength differences are within
-their standard errors; at ten times that, accuracy rises under noise and blur and falls on clean
-images.
+What to expect: twenty minutes per seed on one core. At the published strength differences are
+within their standard errors; at ten times that, accuracy rises under noise and blur and falls on
+clean images.
 """
 
 import argparse
@@ -110,10 +111,10 @@ def run_file(label: str, seeds: int, data: Data, given: argparse.Namespace) -> d
 
 def print_table(runs: list[dict[str, Any]]) -> None:
     """Means over seeds, and the paired difference to the first row with its standard error."""
-    print(f"{'':18}" + "".join(f"{name:>18}{'minus ensemble':>20}" for name in
+    print(f"{'':32}" + "".join(f"{name:>18}{'minus ensemble':>20}" for name in
                               ("clean NLL", "corrupted NLL", "corrupted accuracy")))  # fmt: skip
     for run in runs:
-        line = f"{run['method']:18}"
+        line = f"{run['method']:32}"
         for data, metric in (("clean", "nll"), ("corrupted", "nll"), ("corrupted", "accuracy")):
             values, base = (
                 torch.tensor([seed["scores"][data][metric] for seed in kept["seeds"]])
@@ -137,6 +138,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.smoke:
         given.seeds = 2
+        if given.validate:
+            parser.error("--smoke trains on all of its images; --validate has none left")
     torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
     given.runs.mkdir(parents=True, exist_ok=True)
     budget = cifar.BUDGETS["smoke" if given.smoke else "minutes"]

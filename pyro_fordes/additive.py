@@ -98,7 +98,7 @@ class Additive:
     many (``docs/calibration.md``)::
 
         kernel = Additive(RBF(Weights()))
-        transport = WGD("sge", whiten="full", calibrate=True)
+        transport = WGD("sge", whiten="full", calibrate=True)  # or SVGD with these two
 
     It depends on the choice of axes, so full whitening takes coordinates that lie as near to the
     original ones as can be (see `WGD`).

@@ -125,8 +125,9 @@ class WGD:
     (GFSD = kde, GFSF = sge, Blob); Shi, Sun & Zhu 2018 (ssge).
 
     Every estimate smooths, and so shrinks or flattens the posterior, more in more dimensions. In
-    weight space two remedies apply, and ``WGD("sge", whiten="full", calibrate=True)`` is the rule
-    to take there (``"diag"`` for networks): see ``docs/calibration.md``.
+    weight space two remedies apply: ``WGD("sge", whiten="full", calibrate=True)`` is the rule to
+    take for posteriors near a Gaussian. ``docs/calibration.md`` says when, and when `SVGD` with
+    the same two.
 
     ``whiten`` computes the estimate in coordinates :math:`z = L^{-1}(x - \bar x)` in which the
     particles have unit covariance, and maps it back by :math:`L^{-T}`. The rule is then equivariant
@@ -290,7 +291,8 @@ class SVGD:
     many particles the factor tends to 1 only as far as they look like a Gaussian to the kernel.
 
     Args:
-        whiten: None, ``"diag"`` or ``"full"``; weight space only. See `WGD` for its size.
+        whiten: None, ``"diag"`` or ``"full"``; weight space only. See `WGD` for its size. A `Fixed`
+            bandwidth is then one of white coordinates.
         calibrate: whether to rescale the repulsion; weight space only.
 
     Raises:
@@ -492,11 +494,11 @@ def _gaussian_factor(
 
 @dataclass(frozen=True)
 class _White:
-    """Coordinates in which the particles have unit covariance.
+    """Coordinates z in which the particles have unit covariance.
 
     Attributes:
-        values: the particles there.
-        back: the map of scores there to scores by the particles' own values.
+        values: the particles in these.
+        back: makes scores by z scores by the particles' own values.
         scores: the inverse of ``back``.
     """
 

@@ -207,6 +207,8 @@ def table(record):
 def main():
     """Run every case, or those of the transports named, for every seed and write the record."""
     wanted = sys.argv[1:] or list(TRANSPORTS)
+    if unknown := set(wanted) - set(TRANSPORTS):
+        sys.exit(f"no transports {sorted(unknown)}; there are {list(TRANSPORTS)}")
     record = json.loads(RECORD.read_text()) if sys.argv[1:] else {}
     for target, transport in CASES:
         if transport not in wanted:
