@@ -254,14 +254,14 @@ def rules(only):
 
         torch.set_num_threads(1)
         wide = RBF(Weights(), Median(factor=4.0))
-        for name, kernel in {
-            "wide": wide,
-            "wide, Additive": Additive(wide),
-            "Additive": Additive(RBF(Weights()), share=0.9),
+        white = SVGD(whiten="full", calibrate=True)
+        for name, (transport, kernel) in {
+            "wide": (white, wide),
+            "wide Additive": (white, Additive(wide)),
+            "Additive .9": (white, Additive(RBF(Weights()), share=0.9)),
+            "coordinate": (SVGD(calibrate=True), RBF(Weights(group="coordinate"))),
         }.items():
-            found[f"ours: SVGD, full, calibrated, {name}"] = ours(
-                SVGD(whiten="full", calibrate=True), kernel
-            )
+            found[f"ours: SVGD, calibrated, {name}"] = ours(transport, kernel)
         found["ours: sge, full, calibrated, Additive"] = ours(
             WGD("sge", whiten="full", calibrate=True), Additive(RBF(Weights()))
         )
@@ -312,7 +312,7 @@ def show_dimensions(seeds, part):
     joint = RBF(Weights())
     found = {
         "sge, full, calibrated": (calibrated, joint),
-        "SVGD, full, calibrated, wide": (
+        "SVGD, calibrated, wide": (
             SVGD(whiten="full", calibrate=True),
             RBF(Weights(), Median(factor=4.0)),
         ),
