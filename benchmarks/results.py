@@ -384,9 +384,9 @@ def cifar_verdict(runs: Runs) -> list[str]:
     return [
         *lines,
         "",
-        "The first row has neither tuned weight decay nor input noise, which buy much of the same "
-        "([below](#a-tuned-deep-ensemble)); the networks are small and far from trained to the "
-        "end, so no number here says what the paper's recipe gives.",
+        "How noise and weight decay were chosen is [below](#a-tuned-deep-ensemble). The networks "
+        "are small and far from trained to the end, so no number here says what the paper's recipe "
+        "gives.",
     ]
 
 
@@ -409,9 +409,9 @@ def cifar_tuning(runs: Runs) -> list[str]:
         "### A tuned deep ensemble",
         "",
         f"The ensembles of the section above on {runs[0]['settings']['test']:,} training images "
-        f"that were not trained on, clean and corrupted, mean over {seeds} seeds. Noise is added "
-        "to the training inputs, in units of their standard deviation; weight decay is in units of "
-        "the recipe's 0.0005. The smallest sum of both NLL was taken for the rows above. "
+        f"that were not trained on, clean and corrupted, seeds: {seeds}. Noise is added to the "
+        "training inputs, in units of their standard deviation; weight decay is in units of the "
+        "recipe's 0.0005. The best of each by the sum of both NLL is in the tables above. "
         "`python examples/cifar_seeds.py --validate --runs docs/results/cifar_tuning`.",
         "",
         *markdown(head, rows),
