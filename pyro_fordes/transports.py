@@ -352,23 +352,18 @@ class SVGD:
         if scores is None:
             raise ArgumentError("SVGD().repel needs scores=, the gradients of the log joint")
         if self.whiten is None or len(everyone) == 1:
-            driving, velocity, matrix = self._smooth(kernel, everyone, scores, rows, step, pooled)
+            k, velocity, matrix = self._apart(kernel, everyone, rows, step, pooled)
+            driving = _from_groups(k @ _by_group(scores, pooled), scores)
             return Repulsion(velocity, matrix, driving)
         white = _whiten(everyone, self.whiten if pooled else "diag", kernel)
-        own = white.scores(scores)
-        driving, velocity, matrix = self._smooth(kernel, white.values, own, rows, step, pooled)
+        k, velocity, matrix = self._apart(kernel, white.values, rows, step, pooled)
+        driving = _from_groups(k @ _by_group(white.scores(scores), pooled), scores)
         return Repulsion(white.back(velocity), matrix, white.back(driving))
 
-    def _smooth(
-        self,
-        kernel: Kernel,
-        everyone: Tensor,
-        scores: Tensor,
-        rows: slice,
-        step: int,
-        pooled: bool,
+    def _apart(
+        self, kernel: Kernel, everyone: Tensor, rows: slice, step: int, pooled: bool
     ) -> tuple[Tensor, Tensor, KernelMatrix]:
-        """Both forces at the rows, the second one calibrated if asked for."""
+        """What smooths at the rows, and the repulsion there, calibrated if asked for."""
         matrix = kernel.evaluate(everyone, slice(None), step, pooled=pooled)
         count = len(everyone)
         # Calibration averages over all particles.
@@ -378,8 +373,7 @@ class SVGD:
         velocity = matrix.transposed(wanted).gradient_sum(k.new_full((1, 1, 1), -1 / count))
         if self.calibrate and count > 1:
             velocity = velocity * _gaussian_factor(matrix.everyone, k, velocity, pooled)
-            k, velocity = k[:, rows], velocity[rows]
-        return _from_groups(k @ _by_group(scores, pooled), scores), velocity, matrix
+        return (k[:, rows], velocity[rows], matrix) if self.calibrate else (k, velocity, matrix)
 
 
 @dataclass(frozen=True)
@@ -477,14 +471,18 @@ def _gaussian_factor(
     # below what particles of a posterior have in any direction.
     size = z.square().sum(1, keepdim=True).sqrt()
     z = z / torch.where(size > 0, size, torch.ones_like(size))
-    # Z (Z^T Z + e)^-1 Z^T = Z Z^T (Z Z^T + e)^-1: the smaller matrix of the two.
-    inner, mixed = (z.mT @ z, z.mT @ kernel @ z) if dimension < count else (z @ z.mT, None)
-    trace = inner.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    ridge = 1e-6 * torch.where(trace > 0, trace, torch.ones_like(trace))
-    ridge = ridge * torch.eye(len(inner[0]), dtype=z.dtype, device=z.device)
-    mixed = kernel @ inner if mixed is None else mixed
-    both = torch.linalg.solve(inner + ridge, torch.cat([mixed, inner], 2))
-    smoothed, rank = (part.diagonal(dim1=1, dim2=2).sum(1) for part in both.split(len(inner[0]), 2))
+    # P is Z (Z^T Z + e)^-1 Z^T = (Z Z^T + e)^-1 Z Z^T: by the smaller matrix of the two.
+    small = dimension < count
+    inner = z.mT @ z if small else z @ z.mT
+    regular = inner.clone()
+    trace = inner.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    regular.diagonal(dim1=1, dim2=2).add_(1e-6 * torch.where(trace > 0, trace, 1.0))
+    projection = torch.linalg.solve(regular, inner)
+    rank = projection.diagonal(dim1=1, dim2=2).sum(1)
+    if small:
+        smoothed = torch.linalg.solve(regular, z.mT @ kernel @ z).diagonal(dim1=1, dim2=2).sum(1)
+    else:
+        smoothed = (kernel * projection.mT).sum((1, 2))
     wanted = (count - 1) * dimension * smoothed / rank.clamp_min(0.5)
     found = (centred * velocity).sum(dims, keepdim=True)
     least = torch.finfo(found.dtype).tiny

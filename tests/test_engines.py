@@ -125,7 +125,7 @@ def test_engines_and_chunks_are_the_same(case, rule, options):
 
 def works(rule, space):
     """Whether a transport is defined in a space."""
-    calibrated = isinstance(rule, WGD) and rule.calibrate
+    calibrated = isinstance(rule, WGD | SVGD) and rule.calibrate
     return (space.has_scores or not rule.uses_scores) and (space.own_values or not calibrated)
 
 

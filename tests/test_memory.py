@@ -64,7 +64,7 @@ def of_repel(name, shape, pooled=True, kernel=RBF(Weights())):
 
 
 def whitens_fully(name):
-    return isinstance(TRANSPORTS[name], WGD) and TRANSPORTS[name].whiten == "full"
+    return isinstance(TRANSPORTS[name], WGD | SVGD) and TRANSPORTS[name].whiten == "full"
 
 
 def test_the_counter_counts():
