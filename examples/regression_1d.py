@@ -331,7 +331,7 @@ def main() -> None:
             )
             results[method.label, repulsion] = functions(inference.get_samples(), GRID)
     print_table(reference, results)
-    print(f"NUTS, {found['made_by'][8:]}: R-hat of the function is at most {found['rhat']:.3f}")
+    print(f"R-hat of NUTS: at most {found['rhat']:.3f} ({found['made_by'][8:]})")
     path = options.out / "regression_1d.png"
     draw(x, y, reference, results, SHOWN, path)
     print(

@@ -199,7 +199,7 @@ def test_uci_goes_on_where_it_was_stopped(tmp_path):
     options = ("uci.py", "--smoke", "--out", tmp_path, "--runs", tmp_path / "runs")
     whole = run(*options)
     files = sorted((tmp_path / "runs").glob("*.json"))
-    assert len(files) == 10
+    assert len(files) == 11
     kept = {path: json.loads(path.read_text()) for path in files}
     for path, content in list(kept.items())[:4]:
         path.write_text(json.dumps({**content, "splits": content["splits"][:1]}))
