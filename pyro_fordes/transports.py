@@ -288,7 +288,8 @@ class SVGD:
     times :math:`D / \mathrm{tr}\, P`, which is 1 unless there are too few particles for D
     dimensions. In any coordinates, white or not, a Gaussian target whose moments the particles have
     then leaves their size alone, with every kernel. For other targets it is an approximation: with
-    many particles the factor tends to 1 only as far as they look like a Gaussian to the kernel.
+    many particles the factor tends to 1 only as far as they look like a Gaussian to the kernel. The
+    rule is ours: ``docs/calibration.md`` has its derivation and what it was measured to do.
 
     Args:
         whiten: None, ``"diag"`` or ``"full"``; weight space only. See `WGD` for its size. A `Fixed`

@@ -493,7 +493,7 @@ def test_calibrated_svgd_with_additive_kernels_keeps_scales_signs_and_order():
 
 @pytest.mark.parametrize("count", [8, 40])
 def test_calibrated_svgd_does_not_shrink_in_twenty_dimensions(count):
-    """Plain steps on a correlated Gaussian, also with fewer particles than dimensions.
+    """Plain steps on a standard Gaussian, also with fewer particles than dimensions.
 
     Plain SVGD ends at .09 and .13 of the variance.
     """
