@@ -348,6 +348,13 @@ def number(text: str) -> int | float:
     return float(text) if float(text) < 1 else int(text)
 
 
+def positive(text: str) -> float:
+    """A number above 0: the prior's precision."""
+    if float(text) > 0:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"must be above 0, got {text}; a tiny one is a flat prior")
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -360,7 +367,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, default=0.2, help="of the tuned lengthscale")
     parser.add_argument("--strength", type=float, default=1.0, help="in units of the published")
     parser.add_argument("--noise", type=float, default=0.0, help="sd on normalised inputs")
-    parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY, help="above 0")
+    parser.add_argument("--weight-decay", type=positive, default=WEIGHT_DECAY, help="above 0")
     parser.add_argument("--every", type=int, default=1, help="repel at every so many-th step")
     parser.add_argument("--points", type=number, help="a number or a share of the batch")
     parser.add_argument("--particles", type=int, help="other than the budget's")

@@ -436,9 +436,9 @@ class ParticleInference:
         """Everything that is needed to continue bit for bit.
 
         Particles, buffers and shared parameters, the optimiser's (and scheduler's) state, the step,
-        the place in the random streams, how far `fit` has come, and the layout that loading checks:
-        tensors, numbers and texts in dicts, lists and tuples. Model, data, schedules and options
-        are not in it.
+        the place in the random streams, how far `fit` has come, and what `diagnostics` and
+        `summary` show: tensors, numbers and texts in dicts, lists and tuples. Model, data,
+        schedules and options are not in it.
 
         Raises:
             StateError: if there are no particles yet.
@@ -574,10 +574,10 @@ class ParticleInference:
             transports that compare nothing.
 
         Raises:
-            StateError: if no step has been taken since it was made or loaded.
+            StateError: if no step has been taken.
         """
         if self._diagnostics is None:
-            raise StateError("no step since it was made or loaded; call step, run or fit first")
+            raise StateError("no step has been measured yet; call step, run or fit first")
         self._read_faults()
         return {
             name: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value

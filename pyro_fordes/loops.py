@@ -396,7 +396,7 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
         inference._read_faults()
     if shown:
         numbers = {"loss": f"{loss.item():.4g}"}
-        if inference._diagnostics is not None:  # none is measured right after loading
+        if inference._diagnostics is not None:  # an old state had none
             numbers["force_ratio"] = f"{inference.diagnostics()['force_ratio']:.2g}"
         bar.set_postfix(numbers)
     return callback is not None and callback(inference, step, loss.item()) is True

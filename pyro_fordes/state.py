@@ -75,6 +75,12 @@ def state_of(inference: Any, join: Callable[[Tensor], Any]) -> dict[str, Any]:
         "random": inference._random.state_dict(),
         "position": None if position is None else position.state_dict(),
         "faults": inference._faults.count,
+        # What `diagnostics` and `summary` show; no step depends on it. Older states have none.
+        "record": {
+            "diagnostics": inference._diagnostics,
+            "losses": inference._losses.state_dict(),
+            "batches_per_epoch": inference._batches_per_epoch,
+        },
     }
 
 
@@ -162,7 +168,7 @@ def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     random.load_state_dict(state["random"])
     faults = Faults(inference._faults.policy, count)
     faults.count = state["faults"].clone()
-    position = state["position"]
+    position, record = state["position"], state.get("record", {})
     return {
         "_particles": particles,
         "_buffers": {name: value[rows].clone() for name, value in state["buffers"].items()},
@@ -170,8 +176,9 @@ def _taken(inference: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         "_before": Before(),
         "_shared": {},
         "_latents": inference._latents,
-        "_diagnostics": None,
-        "_losses": LossHistory(),
+        "_diagnostics": copied(record.get("diagnostics")),
+        "_losses": LossHistory.from_state(record.get("losses")),
+        "_batches_per_epoch": record.get("batches_per_epoch", 0),
         "_enumerated": tuple(state["enumerated"]),
         "_step": state["step"],
         "_seed": state["random"]["seed"],

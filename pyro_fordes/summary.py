@@ -57,7 +57,39 @@ class LossHistory:
 
     def losses(self) -> Float[Tensor, " record"]:
         """The kept losses, in their order."""
-        return torch.stack(self._kept).double().cpu() if self._kept else torch.zeros(0)
+        return self._stacked().double()
+
+    def _stacked(self) -> Float[Tensor, " record"]:
+        if not self._kept:
+            return torch.zeros(0)
+        # Those of a loaded state are on the CPU, whatever device the later ones are on.
+        return torch.stack([loss.to(self._kept[-1].device) for loss in self._kept]).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record as plain values and one tensor."""
+        return {
+            "kept": self._stacked(),
+            "every": self._every,
+            "seen": self._seen,
+            "limit": self.limit,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any] | None) -> "LossHistory":
+        """The record of a `state_dict`; an empty one for None.
+
+        Example:
+            >>> history = LossHistory(limit=4)
+            >>> history.add(torch.tensor(2.0))
+            >>> LossHistory.from_state(history.state_dict()).losses().tolist()
+            [2.0]
+        """
+        if state is None:
+            return cls()
+        history = cls(state["limit"])
+        history._kept = list(state["kept"].clone())
+        history._every, history._seen = state["every"], state["seen"]
+        return history
 
 
 # ---------------------------------------------------------------- rules

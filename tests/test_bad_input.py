@@ -862,12 +862,12 @@ LOOPS = {
     "diagnostics before any step": (
         lambda: make().diagnostics(),
         StateError,
-        "no step since it was made or loaded; call step, run or fit",
+        "no step has been measured yet; call step, run or fit",
     ),
     "diagnostics after setup only": (
         lambda: started().diagnostics(),
         StateError,
-        "no step since it was made or loaded; call step, run or fit",
+        "no step has been measured yet; call step, run or fit",
     ),
     "to_arviz of unknown sites": (
         lambda: to_arviz(started(), Y, sites=["w"]),

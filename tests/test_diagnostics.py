@@ -387,7 +387,7 @@ def test_distances_equal_a_loop(space, typed, own):
 def test_summary(transport):
     x, y = regression_data()
     inference = make(diagnostics_every=1, **transport)
-    with pytest.raises(StateError, match="no step since it was made"):
+    with pytest.raises(StateError, match="no step has been measured yet"):
         summary(inference, x, y)
     inference.run(3, x, y, progress_bar=False)
     found = summary(inference, x, y)

@@ -60,6 +60,38 @@ def trained(steps=200, **options):
 # ---------------------------------------------------------------- the table
 
 
+@pytest.mark.parametrize("steps", [0, 7, 1200])
+def test_a_loaded_state_shows_what_the_saved_one_did(steps, tmp_path):
+    inference = start(diagnostics_every=5)
+    loader = DataLoader(TensorDataset(Y), batch_size=5)
+    inference.setup(Y)
+    if steps:
+        inference.fit(loader, 1, progress_bar=False)
+        inference.run(steps - 4, Y, progress_bar=False)
+    inference.save(tmp_path / "state.pt")
+    optim = pyro.optim.Adam({"lr": 0.05})
+    kernel = RBF(Weights())
+    loaded = ParticleInference.load(tmp_path / "state.pt", gaussian, optim, kernel=kernel)
+    for _ in range(2):
+        if steps:
+            torch.testing.assert_close(loaded.diagnostics(), inference.diagnostics())
+            assert inference.diagnostics()["step"] == (steps - 1) // 5 * 5
+        assert loaded._losses.losses().tolist() == inference._losses.losses().tolist()
+        assert len(loaded._losses.losses()) == (300 if steps == 1200 else steps)
+        assert loaded._batches_per_epoch == inference._batches_per_epoch == (4 if steps else 0)
+        assert loaded.summary().diagnostics == pytest.approx(
+            inference.summary().diagnostics, nan_ok=True
+        )
+        warnings = inference.summary().warnings
+        warnings.pop("likelihood_scale", None)  # needs the model's arguments
+        assert loaded.summary().warnings == warnings
+        loaded.load_state_dict(loaded.state_dict())
+    # A record of its own.
+    before = inference._losses.losses()
+    loaded.run(3, Y, progress_bar=False)
+    assert inference._losses.losses().tolist() == before.tolist()
+
+
 def test_the_numbers_are_those_of_the_particles():
     def two(y):
         pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
@@ -122,8 +154,9 @@ def test_a_summary_right_after_loading_and_before_a_step():
     one = trained(30)
     two = start()
     two.load_state_dict(one.state_dict())
-    found = two.summary()  # knows the particles, and no more
-    assert found.warnings == {}
+    found = two.summary()  # knows the particles and what was measured, and no more
+    assert found.diagnostics == one.summary().diagnostics
+    assert found.warnings == one.summary().warnings
     assert "30 steps" in found.title
     assert [site.mean for site in found.sites] == [site.mean for site in one.summary().sites]
 
