@@ -43,6 +43,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "deep ensemble, weight decay x4": ("--method", "ensemble", "--weight-decay", "2e-3"),
     "deep ensemble, weight decay x16": ("--method", "ensemble", "--weight-decay", "8e-3"),
     "FoRDE-PCA x10, noise .2": (*FORDE, "--strength", "10", "--noise", "0.2"),
+    "FoRDE-PCA x3": (*FORDE, "--strength", "3"),
+    "FoRDE-identity x1": ("--method", "forde-identity", "--points", "0.25"),
+    "FoRDE-identity x10": ("--method", "forde-identity", "--points", "0.25", "--strength", "10"),
+    "FoRDE-tuned x1": ("--method", "forde-tuned", "--points", "0.25"),
+    "FoRDE-tuned x10": ("--method", "forde-tuned", "--points", "0.25", "--strength", "10"),
 }
 """The options of ``cifar.py`` for each method."""
 

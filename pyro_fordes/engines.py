@@ -103,6 +103,11 @@ class Engine:
                 "the model updates a tensor in place (BatchNorm in a plain function?); write the "
                 "model as a PyroModule so that its buffers can be kept per particle"
             )
+        elif "requires_grad_()" in text:
+            hint = (
+                "it turns gradients on for a tensor on the way, as torch.utils.checkpoint does in "
+                "torch 2.8; switch that off, and bound memory with ParticleInference(chunk_size=1)"
+            )
         elif _has_no_vectorised_form(error):
             hint = "some operation has no vectorised form; use vectorize='loop'"
         else:

@@ -12,7 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_fordes._checks import ArgumentError, check_choice, check_number, describe
+from pyro_fordes._checks import (
+    ArgumentError,
+    check_choice,
+    check_number,
+    check_positive_int,
+    describe,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,20 +27,21 @@ class Lengthscale:
 
     Attributes:
         precision: the diagonal of :math:`\Sigma^{-1}`, or None for the identity.
-        rotation: principal components in columns, or None for the identity.
+        rotation: principal components in columns, all or the leading ones; None for the identity.
 
     Example:
         >>> Lengthscale(precision=torch.tensor([4.0, 1.0]))(torch.tensor([0.6, 0.8]))
         tensor([1.2000, 0.8000])
     """
 
-    precision: Float[Tensor, " feature"] | None = None
-    rotation: Float[Tensor, "feature feature"] | None = None
+    precision: Float[Tensor, " component"] | None = None
+    rotation: Float[Tensor, "feature component"] | None = None
 
     @property
     def num_features(self) -> int | None:
         """Length of the gradients it fits, None if any."""
-        return None if self.precision is None else len(self.precision)
+        fitted = self.precision if self.rotation is None else self.rotation
+        return None if fitted is None else len(fitted)
 
     def to(self, like: Tensor) -> "Lengthscale":
         """The same metric with the dtype and device of a tensor."""
@@ -45,7 +52,7 @@ class Lengthscale:
 
     def __call__(
         self, gradients: Float[Tensor, "*batch feature"]
-    ) -> Float[Tensor, "*batch feature"]:
+    ) -> Float[Tensor, "*batch component"]:
         """Map normalised gradients so that Euclidean distance becomes the metric's distance."""
         if self.rotation is not None:
             gradients = gradients @ self.rotation
@@ -62,31 +69,46 @@ def identity_lengthscale() -> Lengthscale:
     return Lengthscale()
 
 
-def pca_lengthscale(data: Tensor | Iterable, *, center: bool = True) -> Lengthscale:
+def pca_lengthscale(
+    data: Tensor | Iterable, *, center: bool = True, num_components: int | float | None = None
+) -> Lengthscale:
     r"""Metric :math:`\Sigma^{-1} = \Lambda` from the data's covariance :math:`U\Lambda U^T`.
 
     FoRDE-PCA (Section 4.2, Eq. 14): functions are pushed apart most along the directions in which
     the inputs vary most. The published code does not centre the data (``center=False``).
+
+    With ``num_components`` the leading components are kept alone, and kernel, rotation and what
+    ranks exchange shrink by as much. Of a squared distance between unit gradients at most four
+    times the largest eigenvalue that was left out is then missing.
 
     Args:
         data: training inputs ``(point, ...)``, or an iterable of batches of them, such as a data
             loader; of a batch that is a tuple or list the first entry is taken. Batches are
             streamed: memory is that of one batch and the covariance.
         center: whether to subtract the mean of each feature.
+        num_components: how many components are kept: a number, or as in scikit-learn's ``PCA`` a
+            share of the variance, between 0 and 1, that they have at least; None for all.
 
     Returns:
         The metric, in double precision (a driver casts it to its particles).
 
     Raises:
-        ArgumentError: if there are fewer than two points, no tensor, or values are not finite.
+        ArgumentError: if there are fewer than two points, no tensor, values are not finite, or
+            ``num_components`` is out of range.
 
     Example:
         >>> data = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         >>> pca_lengthscale(data).precision
         tensor([2.6667, 0.6667], dtype=torch.float64)
+        >>> pca_lengthscale(data, num_components=0.7).precision
+        tensor([2.6667], dtype=torch.float64)
     """
+    _check_components(num_components)
     eigenvalues, rotation = _principal_components(data, center)
-    return Lengthscale(eigenvalues, rotation)
+    if num_components is None:
+        return Lengthscale(eigenvalues, rotation)
+    keep = _how_many(num_components, eigenvalues)
+    return Lengthscale(eigenvalues[:keep].clone(), rotation[:, :keep].clone())
 
 
 def tuned_lengthscale(
@@ -127,6 +149,32 @@ def tuned_lengthscale(
     else:  # 1 / (alpha / eigenvalue + 1 - alpha), which is 0 where the eigenvalue is
         precision = eigenvalues / (alpha + (1 - alpha) * eigenvalues)
     return Lengthscale(precision, rotation)
+
+
+def _check_components(wanted: int | float | None) -> None:
+    name = "pca_lengthscale(num_components=...)"
+    if isinstance(wanted, float):
+        if not 0 < wanted < 1:
+            raise ArgumentError(
+                f"{name} must be a number of components, a share of the variance between 0 and 1, "
+                f"or None for all, got {wanted}"
+            )
+    elif wanted is not None:
+        check_positive_int(name, wanted)
+
+
+def _how_many(wanted: int | float, eigenvalues: Float[Tensor, " feature"]) -> int:
+    """A number of components, from that or a share of the variance."""
+    if isinstance(wanted, float):
+        # Rounding must not ask for more than there is.
+        share = eigenvalues.cumsum(0) / eigenvalues.sum().clamp_min(1e-300)
+        return min(int((share < wanted).sum()) + 1, len(eigenvalues))
+    if wanted > len(eigenvalues):
+        raise ArgumentError(
+            f"pca_lengthscale(num_components=...) is {wanted}, but the data have "
+            f"{len(eigenvalues)} features"
+        )
+    return wanted
 
 
 def _batches(data: Tensor | Iterable) -> Iterable[Tensor]:

@@ -939,6 +939,31 @@ LENGTHSCALES = {
         ArgumentError,
         "same number of features, got 3 and 2",
     ),
+    "more components than features": (
+        lambda: pca_lengthscale(X, num_components=4),
+        ArgumentError,
+        r"pca_lengthscale\(num_components=\.\.\.\) is 4, but the data have 3 features",
+    ),
+    "no component": (
+        lambda: pca_lengthscale(X, num_components=0),
+        ArgumentError,
+        r"pca_lengthscale\(num_components=\.\.\.\) must be an integer of at least 1, got 0",
+    ),
+    "all of the variance": (
+        lambda: pca_lengthscale(X, num_components=1.0),
+        ArgumentError,
+        r"pca_lengthscale\(num_components=.*a number of components, a share.*got 1\.0",
+    ),
+    "a number of components that is not one": (
+        lambda: pca_lengthscale(X, num_components=math.nan),
+        ArgumentError,
+        r"pca_lengthscale\(num_components=.*a number of components, a share.*got nan",
+    ),
+    "components by name": (
+        lambda: pca_lengthscale(X, num_components="all"),
+        ArgumentError,
+        r"pca_lengthscale\(num_components=\.\.\.\) must be an integer of at least 1, got 'all'",
+    ),
     "alpha above 1": (
         lambda: tuned_lengthscale(X, 1.5),
         ArgumentError,

@@ -87,6 +87,9 @@ SPACES = {
     ),
     "InputGradients, raw": InputGradients("x", output="logits", normalize=False),
     "InputGradients, PCA": InputGradients("x", output="logits", lengthscale=pca_lengthscale(X)),
+    "InputGradients, two components": InputGradients(
+        "x", output="logits", lengthscale=pca_lengthscale(X, num_components=2)
+    ),
     "InputGradients, tuned": InputGradients(
         "x", output="logits", lengthscale=tuned_lengthscale(X, 0.3)
     ),

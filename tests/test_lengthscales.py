@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_fordes import identity_lengthscale, pca_lengthscale, tuned_lengthscale
@@ -71,6 +72,37 @@ def test_distances_after_the_map_are_those_of_the_metric():
         for j in range(4):
             expected = (s[i] - s[j]) @ torch.cov(x.T) @ (s[i] - s[j])
             assert ((r[i] - r[j]) ** 2).sum().item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 5, 0.5, 0.9, 0.999, 1 - 1e-16, 1e-9])
+@pytest.mark.parametrize("center", [True, False])
+def test_leading_components(wanted, center):
+    """As many as scikit-learn's PCA keeps, and the bound on what is missing."""
+    x = data(offset=0.3)
+    whole = pca_lengthscale(x, center=center)
+    metric = pca_lengthscale(x.split(7), center=center, num_components=wanted)
+    keep = len(metric.precision)
+    assert metric.rotation.shape == (5, keep)
+    assert metric.num_features == whole.num_features == 5
+    if isinstance(wanted, int):
+        assert keep == wanted
+    elif center:
+        known = PCA(n_components=wanted, svd_solver="full").fit(x.numpy())
+        assert keep == known.n_components_
+    s = torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=-1)
+    missing = torch.cdist(whole(s), whole(s)) ** 2 - torch.cdist(metric(s), metric(s)) ** 2
+    assert missing.min() > -1e-10
+    left_out = whole.precision[keep:]
+    assert missing.max() <= 4 * (left_out[0] if len(left_out) else 0) + 1e-10
+    half = metric.to(s.float())
+    assert half.rotation.dtype == torch.float32
+    assert half(s.float()).shape == (6, keep)
+
+
+def test_components_of_data_that_are_all_alike():
+    metric = pca_lengthscale(torch.ones(4, 3), num_components=0.9)
+    assert len(metric.precision) in (1, 2, 3)
+    assert (metric.precision == 0).all()
 
 
 def test_identity_changes_nothing_and_casts():
