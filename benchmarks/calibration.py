@@ -258,7 +258,7 @@ def rules(only):
         for name, (transport, kernel) in {
             "wide": (white, wide),
             "wide Additive": (white, Additive(wide)),
-            "wide Additive 1": (white, Additive(wide, share=1.0)),
+            "wide, share 1": (white, Additive(wide, share=1.0)),
             "Additive .9": (white, Additive(RBF(Weights()), share=0.9)),
             "coordinate": (SVGD(calibrate=True), RBF(Weights(group="coordinate"))),
         }.items():

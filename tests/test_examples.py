@@ -93,6 +93,14 @@ def test_regression_1d(tmp_path):
     assert len(stored["sd"]) == len(made["sd"])
 
 
+def test_regression_1d_of_a_random_network(tmp_path):
+    printed = run("regression_1d.py", "--smoke", "--problem", "network", "--out", tmp_path)
+    rows = printed.splitlines()
+    assert all(len(numbers(row[27:], "")) == 7 for row in rows[3:-2])
+    assert "R-hat of NUTS: at most 1.0" in rows[-2]
+    assert (tmp_path / "regression_1d_network.png").stat().st_size > 10_000
+
+
 def numbers(row, label):
     """The numbers of a table's row."""
     return [float(cell) for cell in row.removeprefix(label).split()]
