@@ -286,10 +286,11 @@ def cifar(runs: Runs) -> list[str]:
         f"{round(300 * settings['epochs'])} epochs of the paper's recipe; {settings['test']:,} "
         f"test images, clean and under {len(kinds)} corruptions at severities "
         + " and ".join(map(str, settings["severities"]))
-        + ". FoRDE repels at a quarter of a batch's points; x10 is ten times the published "
-        "strength. A seed is a start and an order of batches, the same for all methods. ± is the "
-        "standard error over seeds, of differences the paired one. Nothing was chosen on the test "
-        f"images. `python examples/cifar_seeds.py --seeds {seeds} --runs docs/results/cifar`, "
+        + ". FoRDE repels at a quarter of a batch's points; x1, x3 and x10 are in units of the "
+        "published strength. A seed is a start and an order of batches, the same for all methods. "
+        "± is the standard error over seeds, of differences the paired one. Nothing was chosen on "
+        f"the test images. `python examples/cifar_seeds.py --seeds {seeds} --runs "
+        "docs/results/cifar`, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",

@@ -153,14 +153,13 @@ def tuned_lengthscale(
 
 def _check_components(wanted: int | float | None) -> None:
     name = "pca_lengthscale(num_components=...)"
-    if isinstance(wanted, float):
-        if not 0 < wanted < 1:
-            raise ArgumentError(
-                f"{name} must be a number of components, a share of the variance between 0 and 1, "
-                f"or None for all, got {wanted}"
-            )
-    elif wanted is not None:
+    if isinstance(wanted, int):
         check_positive_int(name, wanted)
+    elif wanted is not None and not (isinstance(wanted, float) and 0 < wanted < 1):
+        raise ArgumentError(
+            f"{name} must be a number of components, a share of the variance between 0 and 1, or "
+            f"None for all, got {wanted!r}"
+        )
 
 
 def _how_many(wanted: int | float, eigenvalues: Float[Tensor, " feature"]) -> int:
