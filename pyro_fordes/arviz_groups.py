@@ -264,7 +264,7 @@ class Exporter:
         self._add("sample_stats", "lp", self.inference.log_joint(*self.args, **self.kwargs), ())
         try:
             measured = self.inference.diagnostics()
-        except StateError:  # no step yet, or none since loading
+        except StateError:  # no step yet
             return
         self.measured_step = measured["step"]
         for name in _MEASURED:

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 # Imports once, and forks: starting Python for every rank would take most of the time.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pyro_fordes", "torch.utils.data", "tests.models"])
+# An exit code can be read once, and starting a process reads those of all others, too: where two
+# threads do so, one of them is told 255.
+_EXIT_CODES = threading.Lock()
 
 
 def free_port():
@@ -44,16 +49,19 @@ def run_ranks(name, out, size, *, stuck=(), timeout=90, **options):
     ]
     until = time.monotonic() + timeout
     try:
-        for process in processes:
-            process.start()
+        with _EXIT_CODES:
+            for process in processes:
+                process.start()
         for rank, process in enumerate(processes):
             if rank not in stuck:
-                process.join(max(0.1, until - time.monotonic()))
-        codes = [process.exitcode for process in processes]
+                wait([process.sentinel], max(0.1, until - time.monotonic()))
+        with _EXIT_CODES:
+            codes = [process.exitcode for process in processes]
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        with _EXIT_CODES:
+            for process in processes:
+                process.kill()
+                process.join()
     return codes, [log.read_text() for log in logs]
 
 

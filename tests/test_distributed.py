@@ -292,8 +292,7 @@ FAILURES = {
 def failed(tmp_path_factory):
     """Exit codes, texts and checkpoints of runs that fail, some at the same time."""
 
-    def run(options):
-        folder = tmp_path_factory.mktemp("failed")
+    def run(options, folder):
         culprit = options["failure"][2] if "failure" in options else options["data_of"]
         times = {"patience": 8, "silence": 5, "checkpoint": str(folder / "run")}
         codes, printed = ranks.run_ranks(
@@ -304,7 +303,8 @@ def failed(tmp_path_factory):
         return others, left
 
     with ThreadPoolExecutor(3) as pool:
-        results = pool.map(run, [options for options, _ in FAILURES.values()])
+        folders = [tmp_path_factory.mktemp("failed") for _ in FAILURES]
+        results = pool.map(run, [options for options, _ in FAILURES.values()], folders)
     return dict(zip(FAILURES, results, strict=True))
 
 
