@@ -241,7 +241,7 @@ def summary(inference: Any, *args: Any, space: Any = None, **kwargs: Any) -> dic
         ``minimum_distance``, ``median_distance`` and ``maximum_distance`` over pairs of particles.
 
     Raises:
-        StateError: if no step has been taken since it was made or loaded.
+        StateError: if no step has been taken.
         ArgumentError: if there is only one particle.
 
     Example:

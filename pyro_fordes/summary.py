@@ -319,7 +319,7 @@ def summarize(inference: Any, max_sites: int = 20) -> Summary:
     size = sum(value[0].numel() for value in particles.values())
     try:
         measured = inference.diagnostics()
-    except StateError:  # none yet, or none since loading
+    except StateError:  # none yet
         measured = {}
     diagnostics = {
         "measured at step": measured.get("step"),
