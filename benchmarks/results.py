@@ -287,7 +287,8 @@ def cifar(runs: Runs) -> list[str]:
         f"test images, clean and under {len(kinds)} corruptions at severities "
         + " and ".join(map(str, settings["severities"]))
         + ". FoRDE repels at a quarter of a batch's points; x1, x3 and x10 are in units of the "
-        "published strength. A seed is a start and an order of batches, the same for all methods. "
+        "published strength, and tuned lengthscales are those of alpha .2 (precisions averaged). A "
+        "seed is a start and an order of batches, the same for all methods. "
         "± is the standard error over seeds, of differences the paired one. Nothing was chosen on "
         f"the test images. `python examples/cifar_seeds.py --seeds {seeds} --runs "
         "docs/results/cifar`, "

@@ -4,16 +4,19 @@ The networks, data and recipe of ``cifar.py`` with ``--budget minutes``: four Pr
 blocks, 4,000 training images, 1,000 test images, clean and under seven corruptions. A seed is a
 start and an order of batches, the same for every method (crops and flips, too, where no noise is
 drawn between them), so that differences are paired. FoRDE repels at a quarter of a batch's points,
-at the published strength, three and ten times that. ``--validate`` tests on training images that
-are left over: with it, noise and weight decay of the deep ensemble were chosen.
+at the published strength, three and ten times that, with three lengthscales. ``--validate`` tests
+on training images that are left over: with it, noise and weight decay of the deep ensemble were
+chosen.
 
 Each method is a JSON file in ``--runs`` that grows by one seed at a time: the script may be killed
 and started again, and goes on where it was. ``python benchmarks/results.py`` makes the section of
 docs/results.md from these files.
 
-What to expect: twenty minutes per seed on one core. At the published strength differences are
-within their standard errors; at three times that, accuracy rises under noise and that on clean
-images does not move; at ten times, it rises more under noise and blur and falls on clean images.
+What to expect: twenty minutes to an hour per seed on one core. At the published strength
+differences are within their standard errors; at three times that, with PCA lengthscales, accuracy
+rises under noise and that on clean images does not move; at ten times, it rises more under noise
+and blur and falls on clean images. With the identity as metric strength does harm under noise, and
+tuned lengthscales are between the two.
 """
 
 import argparse
@@ -48,6 +51,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "FoRDE-identity x10": ("--method", "forde-identity", "--points", "0.25", "--strength", "10"),
     "FoRDE-tuned x1": ("--method", "forde-tuned", "--points", "0.25"),
     "FoRDE-tuned x10": ("--method", "forde-tuned", "--points", "0.25", "--strength", "10"),
+    "FoRDE-identity x3": ("--method", "forde-identity", "--points", "0.25", "--strength", "3"),
+    "FoRDE-tuned x3": ("--method", "forde-tuned", "--points", "0.25", "--strength", "3"),
 }
 """The options of ``cifar.py`` for each method."""
 

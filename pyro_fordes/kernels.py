@@ -120,8 +120,8 @@ def squared_distances(
 ) -> Float[Tensor, "point particle particle"]:
     r"""Squared Euclidean distances between representations, point by point.
 
-    Uses :math:`|a|^2 + |b|^2 - 2ab`. Rows must have been centred over particles (as `RBF` does),
-    else digits are lost by cancellation.
+    Uses :math:`|a|^2 + |b|^2 - 2ab`, all three from one product. Rows must have been centred over
+    particles (as `RBF` does), else digits are lost by cancellation.
 
     Example:
         >>> squared_distances(torch.tensor([[[-1.0]], [[1.0]]]))
@@ -129,9 +129,10 @@ def squared_distances(
                  [4., 0.]]])
     """
     r = everyone.transpose(0, 1)
-    squares = torch.linalg.vecdot(r, r)
+    products = r @ r.mT
+    squares = products.diagonal(dim1=-2, dim2=-1)
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-    distances = torch.baddbmm(sums, r, r.mT, alpha=-2.0).clamp_min_(0.0)
+    distances = sums.sub_(products, alpha=2.0).clamp_min_(0.0)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
     return distances
 
