@@ -12,11 +12,11 @@ are worse, and show the method as well). The data are read from ``--data``, from
 PYRO_FORDES_DATA names, or downloaded by torchvision. Prints a table; writes a figure.
 
 What to expect: half an hour for the features on a good core and ten minutes for the heads, 75
-minutes in all on a poor one. The paper reports, in figures without numbers, that FoRDE has the lowest
-NLL of all ensembles with its vision transformer. With a random backbone (``--random``) all methods
-are weak, and only their differences say something: clean and corrupted NLL were 1.774 and 2.579 for
-the deep ensemble, 1.734 and 2.541 for FoRDE-PCA at 20 times the published strength, and within .04
-of the ensemble's for the other three (one seed).
+minutes in all on a poor one. The paper reports, in figures without numbers, that FoRDE has the
+lowest NLL of all ensembles with its vision transformer. With a random backbone (``--random``) all
+methods are weak, and only their differences say something: clean and corrupted NLL were 1.774 and
+2.579 for the deep ensemble, 1.734 and 2.541 for FoRDE-PCA at 20 times the published strength, and
+within .04 of the ensemble's for the other three (one seed).
 """
 
 import argparse
