@@ -650,8 +650,7 @@ def main() -> None:
         f"pyro {pyro.__version__}, Python {platform.python_version()}; "
         f"{processor()}, {torch.get_num_threads()} thread; MLP {'-'.join(map(str, SIZES))}, "
         f"batch {options.batch if options.table == 'transports' else BATCH} of {NUM_DATA}, Adam, "
-        f"{options.rounds} rounds"
-        + (", fresh heap" if options.fresh_heap else ""),
+        f"{options.rounds} rounds" + (", fresh heap" if options.fresh_heap else ""),
         flush=True,
     )
     results = []
