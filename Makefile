@@ -1,4 +1,4 @@
-# Two commands need nothing but Python and git: make demo, make test.
+# Two commands need nothing but Python, git and a network: make demo, make test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -11,9 +11,9 @@ Everything is kept in ``--out``: a run that was cut off goes on where it was. Th
 the run file: ``--report FILE.md`` puts it into a page, without training anything.
 
 The data are the four files of FashionMNIST in ``fashion-mnist/`` and the two test files of MNIST in
-``mnist/``, as they are published, in the folder given by ``--data``. What to expect: half an hour
-on one core with ``--seeds 3``; less would not tell methods apart. ``docs/fashion_ood.md`` says what
-came out.
+``mnist/``, as they are published, in the folder given by ``--data``. What to expect: twenty minutes
+to an hour on one core with ``--seeds 5``; less would not tell methods apart.
+``docs/fashion_ood.md`` says what came out.
 """
 
 import argparse

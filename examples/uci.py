@@ -14,9 +14,9 @@ others. ``SVGD, by coordinate`` is the same rule by this library.
 Data are read from ``--data``, from the folder that PYRO_FORDES_DATA names, or from
 ``../shared/data``: ``uci/NAME.npz`` with ``x``, ``y`` and ``test_indices`` (split, row).
 
-What to expect: some hours on one core for everything, a minute per method and split. Standard
-errors over splits are larger than most differences; those of a split are paired, and the figure and
-docs/results.md show them so.
+What to expect: five hours on one core for everything, five seconds to a minute per method and
+split. Standard errors over splits are larger than most differences; those of a split are paired,
+and the figure and docs/results.md show them so.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from pyro_fordes._checks import (
     MissingDependencyError as MissingDependencyError,
     ModelError as ModelError,
     NumericalError as NumericalError,
+    RankError as RankError,
     StateError as StateError,
 )
 from pyro_fordes.additive import Additive as Additive

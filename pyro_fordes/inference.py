@@ -69,7 +69,7 @@ from pyro_fordes.update import check_start, forces_of, read_faults, update
 
 
 class ParticleInference:
-    """Particle-based variational inference for any Pyro model with continuous latents.
+    """Particle-based variational inference for any Pyro model.
 
     Moves ``num_particles`` samples of the latent sites by Wasserstein gradient descent (or another
     transport) and keeps them apart with a kernel in a space of choice. It takes the place of
@@ -81,7 +81,7 @@ class ParticleInference:
             that returns a ``torch.optim.Optimizer``.
         num_particles: number of particles.
         kernel: base kernel with its space; the default compares input gradients (FoRDE).
-        transport: update rule: `WGD` or `Ensemble`.
+        transport: update rule: `WGD`, `SVGD` or `Ensemble`.
         init_loc_fn: how particles start: a function from ``pyro.infer.autoguide.initialization``,
             or `init_to_modules`.
         repulsion_scale: factor of the repulsive force, a number or a function of the step. 1 is
