@@ -98,10 +98,15 @@ class Engine:
     def _explain(self, error: RuntimeError) -> Exception:
         """A `ModelError` for what vmap cannot do; other errors of the model as they are."""
         text = str(error)
-        if "running_mean" in text or "in-place" in text or "inplace" in text:
+        if "running_mean" in text:
             hint = (
                 "the model updates a tensor in place (BatchNorm in a plain function?); write the "
                 "model as a PyroModule so that its buffers can be kept per particle"
+            )
+        elif "in-place" in text or "inplace" in text:
+            hint = (
+                "it writes what belongs to a particle into a tensor that does not; use "
+                "vectorize='loop', or make the tensor by torch.stack or torch.where"
             )
         elif "requires_grad_()" in text:
             hint = (
@@ -136,7 +141,7 @@ def _no_recomputation() -> Iterator[None]:
 def _has_no_vectorised_form(error: RuntimeError) -> bool:
     """Whether an error is vmap's, about an operation that a loop could run."""
     text = str(error)
-    if "running_mean" in text or "in-place" in text or "inplace" in text:
+    if "running_mean" in text:
         return False
     signs = ("vmap", "Batching rule", "data-dependent", "BatchedTensor", "setup_context")
     return any(sign in text for sign in signs)

@@ -378,9 +378,11 @@ def _potentials(
     if representation is None:
         representation = rule.space.represent(evaluation)
     if repulsion.driving is not None:
-        likelihood = cast("ScoredSpace", rule.space).likelihood(evaluation)
+        scores = cast("ScoredSpace", rule.space).scores(evaluation).detach()
+        # Its gradient is that part of the likelihood's which is smoothed.
+        carried = (scores * representation).sum((1, 2))
         smoothed = (repulsion.driving[rows] * representation).sum()
-        drive = _own_prior(evaluation, likelihood, repulsion, rule, rows) - smoothed
+        drive = _own_part(evaluation, carried, repulsion, rule, rows) - smoothed
     return drive, -rule.strength * (repulsion.velocity[rows] * representation).sum()
 
 
@@ -459,7 +461,9 @@ def evaluate_in(
     draw = draw_for(space, log_joint, args, kwargs) if draw is None else draw
     if space is None:
         return log_joint.evaluate(values, args, kwargs, buffers=buffers, draw=draw, first=first)
-    extra = space.extra()
+    with preserved_rng():  # points that are drawn are the same for all chunks and rounds
+        torch.manual_seed(draw.seed)
+        extra = space.extra()
     evaluation = log_joint.evaluate(
         values,
         args,
@@ -489,17 +493,18 @@ def evaluate_in(
     return replace(evaluation, captured=captured)
 
 
-def _own_prior(
-    evaluation: Evaluation, likelihood: Tensor, repulsion: Repulsion, rule: Rule, rows: slice
+def _own_part(
+    evaluation: Evaluation, carried: Tensor, repulsion: Repulsion, rule: Rule, rows: slice
 ) -> Tensor:
-    """Minus the log prior, where the transport smooths the likelihood in another space.
+    """Minus the log joint but for what the transport smooths in another space.
 
-    The prior is not known as a function of the representation. It acts on its particle alone, with
-    the mean weight that the kernel gives the particle's likelihood.
+    The prior is not known as a function of the representation, nor is what a likelihood has of
+    parameters that are not in it. They act on their particle alone, with the mean weight that the
+    kernel gives the particle's likelihood. ``carried`` has the gradient of what is smoothed.
     """
     weight = repulsion.weight[rule.gather.rows][rows].detach()
-    prior = (evaluation.log_density - likelihood) / rule.temperature + evaluation.log_det
-    return -(weight * prior).sum()
+    own = (evaluation.log_density - carried) / rule.temperature + evaluation.log_det
+    return -(weight * own).sum()
 
 
 def represent_all(

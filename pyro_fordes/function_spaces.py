@@ -17,6 +17,7 @@ from pyro_fordes._checks import ArgumentError, ModelError, check_choice, describ
 from pyro_fordes.particles import Call, Evaluation, Setting
 from pyro_fordes.sites import (
     distribution_parameters,
+    enumerated_sites,
     log_likelihood_scores,
     observed_sites,
 )
@@ -118,6 +119,13 @@ class Outputs:
             sites = (str(self.output),)
         elif isinstance(self.output, str) and not _is_sample(nodes.get(self.output)):
             submodules = _submodule("Outputs(output=...)", self.output, setting)
+        summed = enumerated_sites(setting.trace)
+        if setting.scores and summed:
+            raise ArgumentError(
+                f"SVGD() in Outputs() smooths the likelihood's gradient point by point, but the "
+                f"discrete sites {summed} are summed out, and the likelihood is no function of one "
+                f"output; use SVGD() in Weights(), or WGD() with Outputs(output=...)"
+            )
         return replace(self, sites=sites, submodules=submodules, with_scores=setting.scores)
 
     def extra(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -136,12 +144,10 @@ class Outputs:
         values = tuple(_parameters(name, nodes[name]["fn"]) for name in self.sites)
         if not self.with_scores:
             return {"values": values}
-        found = [log_likelihood_scores(nodes[name]) for name in self.sites]
         scores = tuple(
-            _join(scores, nodes[name]["fn"])
-            for name, (_, scores) in zip(self.sites, found, strict=True)
+            _join(log_likelihood_scores(nodes[name]), nodes[name]["fn"]) for name in self.sites
         )
-        return {"values": values, "scores": scores, "likelihood": sum(log for log, _ in found)}
+        return {"values": values, "scores": scores}
 
     def represent(self, evaluation: Evaluation) -> Float[Tensor, "particle point feature"]:
         """All values, as one point or point by point."""
@@ -150,10 +156,6 @@ class Outputs:
     def scores(self, evaluation: Evaluation) -> Float[Tensor, "particle point feature"]:
         """Gradient of the log likelihood by the representation."""
         return _grouped(evaluation.captured["scores"], self.group)
-
-    def likelihood(self, evaluation: Evaluation) -> Float[Tensor, " particle"]:
-        """Log likelihood on the scale of the full data: the log density less the prior's."""
-        return evaluation.captured["likelihood"]
 
 
 @dataclass(frozen=True)

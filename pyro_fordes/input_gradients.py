@@ -268,9 +268,19 @@ def _rows_of(values: Tensor, x: Tensor, evaluation: Evaluation, output: Output) 
     num_points, num_rows = values.shape[1], x.shape[1]
     if num_points == num_rows:
         return None
-    for subsample in evaluation.subsamples.values():
-        if len(subsample.indices) == num_points and subsample.size == num_rows:
-            return subsample.indices
+    fitting = {
+        name: subsample.indices
+        for name, subsample in evaluation.subsamples.items()
+        if len(subsample.indices) == num_points and subsample.size == num_rows
+    }
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise ModelError(
+            f"the output {output!r} has {num_points} points, and the plates {list(fitting)} all "
+            f"draw that many of {num_rows} rows, so it cannot be told which rows they are; take an "
+            f"output at all rows of the input, or minibatches of different sizes"
+        )
     raise ModelError(
         f"the output {output!r} has {num_points} points, but the input has {num_rows} rows and no "
         f"plate draws that many of them; the first axis of the output must be that of the input"
@@ -326,12 +336,23 @@ def _observed_output(fn: Any, value: Tensor) -> Tensor:
 
 
 def _pick_label(value: Tensor, call: Call) -> Tensor:
-    """Entry of the observed class where the output has a class axis, else the output itself."""
+    """Entry of the observed class where the output has a class axis, else the output itself.
+
+    A class axis is as long as the site has classes. Where several sites fit, it is the one whose
+    log probabilities are nearest to the output's.
+    """
+    picked, distances = [], []
     for name in observed_sites(call.trace):
         site = call.trace.nodes[name]
         base, label = base_distribution(site["fn"]), site["value"]
-        if isinstance(base, Categorical) and value.shape[:-1] == label.shape:
-            return value.gather(-1, label.long().unsqueeze(-1)).squeeze(-1)
-        if isinstance(base, OneHotCategorical) and value.shape == label.shape:
-            return (value * label).sum(-1)
-    return value
+        if isinstance(base, Categorical) and value.shape == (*label.shape, base.logits.shape[-1]):
+            picked.append(value.gather(-1, label.long().unsqueeze(-1)).squeeze(-1))
+        elif isinstance(base, OneHotCategorical) and value.shape == label.shape:
+            picked.append((value * label).sum(-1))
+        else:
+            continue
+        distances.append((value.log_softmax(-1) - base.logits).detach().abs().amax())
+    if len(picked) < 2:
+        return picked[0] if picked else value
+    nearest = torch.stack(distances).argmin().reshape(1)
+    return torch.stack(picked).index_select(0, nearest).squeeze(0)

@@ -60,6 +60,7 @@ from pyro_fordes.prototype import (
 from pyro_fordes.randomness import Draws, mixed
 from pyro_fordes.runs import Replay, Run
 from pyro_fordes.second_order import twice_differentiable
+from pyro_fordes.sites import add_shared
 
 _NO_CAPTURE: tuple[()] = ()
 
@@ -223,11 +224,11 @@ class LogJoint:
     def parameters(self, prototype: Prototype) -> dict[str, Tensor]:
         """The unconstrained tensors behind the model's ``param`` sites, frozen ones left out."""
         own = self._own_parameters()
-        return {
-            name: _parameter(name, site["value"], own)
-            for name, site in prototype.trace.nodes.items()
-            if site["type"] == "param" and name not in self._frozen
-        }
+        found: dict[str, Tensor] = {}
+        for name, site in prototype.trace.nodes.items():
+            if site["type"] == "param" and name not in self._frozen:
+                add_shared(found, name, _parameter(name, site["value"], own))
+        return found
 
     # ---------------------------------------------------------------- evaluation
 
@@ -385,7 +386,7 @@ class LogJoint:
                 log_density = trace.log_prob_sum(lambda _, site: not site_is_subsample(site))
             for name, site in trace.nodes.items():
                 if site["type"] == "param" and name not in self._frozen:
-                    shared[name] = _parameter(name, site["value"], own_parameters)
+                    add_shared(shared, name, _parameter(name, site["value"], own_parameters))
             if not isinstance(log_density, Tensor):
                 log_density = log_det.new_full((), log_density)
             captured = _NO_CAPTURE if capture is None else capture(Call(seen, modules))

@@ -12,12 +12,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_fordes._checks import ArgumentError, CheckpointError, check_positive_int
+from pyro_fordes._checks import (
+    ArgumentError,
+    CheckpointError,
+    StateError,
+    check_positive_int,
+)
 from pyro_fordes._random import global_state, set_global_state
 from pyro_fordes.checkpoint import check_writable, newest, write_numbered
 from pyro_fordes.particles import OneProcess
@@ -235,6 +241,11 @@ def fit_epochs(
 ) -> Float[Tensor, " step"]:
     """See ``ParticleInference.fit``."""
     _check_fit(loader, num_epochs, callback)
+    if inference._position is not None:
+        raise StateError(
+            "fit was called by a callback of fit; return True to end the outer one, and call fit "
+            "again after it (run and step may be called in between)"
+        )
     saver, position = None, Position()
     if checkpoint is not None:
         if not isinstance(checkpoint, str | Path):
@@ -399,7 +410,14 @@ def _after(inference: Any, loss: Tensor, bar: Any, callback: Callback | None) ->
         if inference._diagnostics is not None:  # an old state had none
             numbers["force_ratio"] = f"{inference.diagnostics()['force_ratio']:.2g}"
         bar.set_postfix(numbers)
-    return callback is not None and callback(inference, step, loss.item()) is True
+    return callback is not None and _stops(callback(inference, step, loss.item()))
+
+
+def _stops(answer: Any) -> bool:
+    """Whether a callback returned True, which numpy and torch have kinds of their own of."""
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool and answer.numel() == 1:
+        answer = answer.item()
+    return answer is True or (isinstance(answer, np.bool_) and bool(answer))
 
 
 def size_of(loader: Any) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def check_options(
             check_number(name, number, minimum=0.0, exclusive=True)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ArgumentError(f"seed must be an integer or None, got {seed!r}")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ArgumentError(f"seed must be a number of 64 bits, as torch takes it, got {seed}")
     check_part("gather", gather, "split", "OneProcess() or distributed.Ranks()")
     if not isinstance(compile, bool):
         raise ArgumentError(f"compile must be True or False, got {compile!r}")

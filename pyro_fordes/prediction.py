@@ -1,7 +1,7 @@
 """Posterior predictive of particles: draws, distribution parameters, means and entropies."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pyro_fordes._checks import ArgumentError, ModelError, check_positive_int
+from pyro_fordes._random import preserved_rng
 from pyro_fordes.loops import arguments
 from pyro_fordes.metrics import uncertainty
 from pyro_fordes.particles import Call
@@ -314,17 +315,18 @@ class ParticlePredictive:
             if draw:
                 seed = gather.first(lambda: int(torch.randint(2**62, ())))
                 draws = Draws(seed, gather.rows.start or 0)
-            found = log_joint.replay(
-                {name: value.detach() for name, value in values.items()},
-                args,
-                kwargs,
-                latents,
-                capture=capture,
-                buffers=buffers,
-                draw=draw,
-                chunk_size=self.chunk_size,
-                draws=draws,
-            )
+            with nullcontext() if draw else preserved_rng():
+                found = log_joint.replay(
+                    {name: value.detach() for name, value in values.items()},
+                    args,
+                    kwargs,
+                    latents,
+                    capture=capture,
+                    buffers=buffers,
+                    draw=draw,
+                    chunk_size=self.chunk_size,
+                    draws=draws,
+                )
             return pytree.tree_map(gather, found)
 
 

@@ -196,11 +196,16 @@ def _check_enumeration(
                 *args, **kwargs
             )
         marginal_log_prob(trace)
+        trace.compute_log_prob()
+        for site in trace.nodes.values():  # rows without a plate would be taken for branches
+            if site["type"] == "sample" and not site_is_subsample(site):
+                check_site_shape(site, max_plate_nesting)
     except Exception as error:
         raise ModelError(
             f"the discrete latent sites {list(names)} could not be summed out in parallel: "
             f"{type(error).__name__}: {error}. Their values get extra dimensions on the left, "
-            f"which the model must broadcast (pyro.ops.indexing.Vindex helps); check also "
+            f"which the model must broadcast (pyro.ops.indexing.Vindex helps), and every other "
+            f"dimension needs a plate or to_event; check also "
             f"max_plate_nesting, here {max_plate_nesting}"
         ) from error
 

@@ -237,12 +237,11 @@ def distribution_parameters(fn: Any) -> dict[str, Tensor]:
     }
 
 
-def log_likelihood_scores(site: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log likelihood of an observed site, scaled and masked, and its gradient.
+def log_likelihood_scores(site: Any) -> dict[str, Tensor]:
+    """Gradient of an observed site's log likelihood, scaled and masked.
 
     Returns:
-        The log likelihood, and its gradient by each of the site's `distribution_parameters`,
-        without a graph.
+        The gradient by each of the site's `distribution_parameters`, without a graph.
     """
     fn = site["fn"]
     base = base_distribution(fn)
@@ -253,9 +252,21 @@ def log_likelihood_scores(site: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
 
     parameters = {name: value.detach() for name, value in distribution_parameters(fn).items()}
-    gradients = torch.func.grad(log_likelihood)(parameters)
-    log_prob = scale_and_mask(fn.log_prob(site["value"]), site["scale"], site["mask"]).sum()
-    return log_prob, gradients
+    return torch.func.grad(log_likelihood)(parameters)
+
+
+def add_shared(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Note a parameter under a name, unless it is there under another one (weights that are tied).
+
+    Example:
+        >>> found, weight = {}, torch.zeros(2)
+        >>> add_shared(found, "encoder", weight)
+        >>> add_shared(found, "decoder", weight)
+        >>> list(found)
+        ['encoder']
+    """
+    if not any(known is tensor for other, known in found.items() if other != name):
+        found[name] = tensor
 
 
 def given_parameters(base: Any) -> dict[str, Tensor]:

@@ -87,10 +87,6 @@ class ScoredSpace(Space, Protocol):
         """Gradient of the log likelihood by the representation."""
         ...
 
-    def likelihood(self, evaluation: Evaluation) -> Float[Tensor, " particle"]:
-        """Log likelihood on the scale of the full data: the log density less the prior's."""
-        ...
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -97,6 +97,12 @@ class Transport(Protocol):
         ...
 
 
+def _check_calibrate(rule: str, calibrate: Any) -> None:
+    """Words such as "no" count as true in Python."""
+    if not isinstance(calibrate, bool):
+        raise ArgumentError(f"{rule}(calibrate=...) must be True or False, got {calibrate!r}")
+
+
 def _check_own_values(rule: str, wanted: Any, space: Any) -> None:
     """Whitening and calibration are about the particles' own values."""
     if wanted and not space.own_values:
@@ -190,6 +196,7 @@ class WGD:
                 )
         if self.whiten is not None:
             check_choice("WGD(whiten=...)", self.whiten, ("diag", "full"))
+        _check_calibrate("WGD", self.calibrate)
 
     @property
     def repulsive(self) -> bool:
@@ -318,6 +325,7 @@ class SVGD:
         """Check the arguments."""
         if self.whiten is not None:
             check_choice("SVGD(whiten=...)", self.whiten, ("diag", "full"))
+        _check_calibrate("SVGD", self.calibrate)
 
     @property
     def repulsive(self) -> bool:

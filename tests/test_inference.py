@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import biject_to
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +21,7 @@ from pyro_fordes import (
     InputGradients,
     Median,
     ParticleInference,
+    ParticlePredictive,
     StateError,
     Weights,
     bayesianize,
@@ -799,3 +801,167 @@ def test_a_progress_bar_right_after_loading(capsys):
     shown = capsys.readouterr().err
     assert "loss=" in shown
     assert "force_ratio=" in shown
+
+
+# -------------------------------------------------------------------- labels, plates, callbacks
+
+
+class TwoHeads(PyroModule):
+    """Two observed classes of the same rows."""
+
+    def __init__(self, first=3, second=3):
+        super().__init__()
+        self.first, self.second = (
+            bayesianize(nn.Linear(2, first)),
+            bayesianize(nn.Linear(2, second)),
+        )
+
+    def forward(self, x, a, b):
+        left, right = self.first(x), self.second(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Categorical(logits=left), obs=a)
+            pyro.sample("b", dist.Categorical(logits=right), obs=b)
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (5, 3)])
+def test_the_label_is_that_of_the_site_of_the_output(first, second):
+    x, a, b = torch.randn(4, 2), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 0, 1])
+    if first == 5:
+        a = a + 2
+    space = InputGradients("x", output="second", normalize=False)
+    inference = ParticleInference(
+        TwoHeads(first, second), pyro.optim.SGD({"lr": 0.1}), 2, kernel=RBF(space), seed=0
+    )
+    found = inference.representation(x, a, b)
+    weight = inference.get_samples()["second.weight"]
+    torch.testing.assert_close(found, weight[:, b])
+
+
+def test_a_hidden_layer_has_no_label():
+    """Its width is not the number of classes, so all of its outputs are differentiated."""
+    model = Hidden()
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    space = InputGradients("x", output="net.0", normalize=False)
+    inference = ParticleInference(model, pyro.optim.SGD({"lr": 0.1}), 2, kernel=RBF(space), seed=0)
+    found = inference.representation(x, y)
+    weight = inference.get_samples()["net.0.weight"]
+    assert found.numel() == 2 * 4 * weight.shape[1] * 2
+
+
+class Hidden(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = bayesianize(nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, 3)))
+
+    def forward(self, x, y):
+        logits = self.net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+def in_place(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    beta = torch.zeros(3)
+    beta[1:] = b
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
+
+
+def ordered(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.OrderedLogistic(x @ w, torch.tensor([-1.0, 1.0])), obs=y.round())
+
+
+@pytest.mark.parametrize("model", [in_place, ordered])
+def test_models_that_write_in_place_take_the_loop(model):
+    x, y = torch.randn(4, 3), torch.tensor([0.0, 1.0, 2.0, 1.0])
+    losses = []
+    for vectorize in ("auto", "loop"):
+        inference = ParticleInference(
+            model,
+            pyro.optim.SGD({"lr": 0.1}),
+            3,
+            kernel=RBF(Weights()),
+            seed=0,
+            vectorize=vectorize,
+        )
+        losses.append(inference.run(2, x, y, progress_bar=False)[-1])
+    assert losses[0] == losses[1]
+
+
+def test_tied_parameters_move_once():
+    class Tied(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.b.weight = self.a.weight
+            self.z = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, x, y):
+            mean = self.b(self.a(x)) + self.z
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    model = Tied()
+    before = model.a.weight.detach().clone()
+    inference = ParticleInference(
+        model, pyro.optim.SGD({"lr": 0.01}), 1, transport=Ensemble(), seed=0
+    )
+    inference.setup(x, y)
+    z = inference.get_samples()["z"]
+    inference.step(x, y)
+    weight = before.clone().requires_grad_()
+    ((x @ weight.T @ weight.T + z - y).square().sum() / 2).backward()
+    torch.testing.assert_close(model.a.weight.detach(), before - 0.01 * weight.grad)
+
+
+@pytest.mark.parametrize("answer", [True, np.bool_(True), torch.tensor(True)])
+def test_any_kind_of_true_stops(answer):
+    losses = ParticleInference(
+        in_place, pyro.optim.SGD({"lr": 0.1}), 2, kernel=RBF(Weights()), seed=0
+    ).run(5, torch.ones(2, 3), torch.ones(2), progress_bar=False, callback=lambda *_: answer)
+    assert len(losses) == 1
+
+
+def test_fit_in_a_callback_of_fit_is_refused():
+    inference = ParticleInference(
+        in_place, pyro.optim.SGD({"lr": 0.1}), 2, kernel=RBF(Weights()), seed=0
+    )
+    batches = [(torch.ones(2, 3), torch.ones(2))]
+    with pytest.raises(StateError, match="called by a callback of fit"):
+        inference.fit(
+            batches,
+            1,
+            progress_bar=False,
+            callback=lambda one, *_: one.fit(batches, 1, progress_bar=False),
+        )
+    assert len(inference.fit(batches, 1, progress_bar=False)) == 1
+
+
+def test_predictions_leave_the_global_random_state_alone():
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    inference = ParticleInference(
+        Hidden(), pyro.optim.SGD({"lr": 0.1}), 2, kernel=RBF(Weights()), seed=0
+    )
+    inference.step(x, y)
+    before = torch.get_rng_state()
+    predict = ParticlePredictive(inference)
+    predict.parameters(x, y)
+    predict.entropy(x, y)
+    predict.log_prob(x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [2**70, -(2**70)])
+def test_seeds_of_too_many_bits_are_refused(seed):
+    with pytest.raises(ArgumentError, match="64 bits"):
+        ParticleInference(in_place, pyro.optim.SGD({"lr": 0.1}), 2, seed=seed)
+
+
+@pytest.mark.parametrize("rule", [WGD, SVGD])
+def test_calibrate_is_true_or_false(rule):
+    with pytest.raises(ArgumentError, match="must be True or False, got 'no'"):
+        rule(calibrate="no")
