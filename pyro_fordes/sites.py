@@ -21,14 +21,24 @@ from pyro_fordes.particles import Call
 def base_distribution(fn: Any) -> Any:
     """A distribution without the wrappers (``Independent``, masks, ...) that Pyro puts around it.
 
+    Nor with the transform of another one that it is made of, unless the transform has its
+    parameters, as that of a Weibull.
+
     Example:
         >>> import pyro.distributions as dist
         >>> type(base_distribution(dist.Normal(0.0, 1.0).expand([3]).to_event(1))).__name__
         'Normal'
     """
-    while hasattr(fn, "base_dist"):
+    while hasattr(fn, "base_dist") and not _has_parameters(fn):
         fn = fn.base_dist
     return fn
+
+
+def _has_parameters(fn: Any) -> bool:
+    """Whether a transformed distribution keeps parameters, and not its base alone."""
+    return isinstance(fn, torch.distributions.TransformedDistribution) and any(
+        isinstance(vars(fn).get(name), Tensor) for name in fn.arg_constraints
+    )
 
 
 _SAME_VALUES = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
@@ -302,8 +312,8 @@ def _remade(base: Any, parameters: Mapping[str, Tensor]) -> Any:
 
 
 def _with_base(fn: Any, base: Any) -> Any:
-    """A distribution with its innermost one replaced, all wrappers kept."""
-    if not hasattr(fn, "base_dist"):
+    """A distribution with its `base_distribution` replaced, all wrappers kept."""
+    if base_distribution(fn) is fn:
         return base
     outer = copy.copy(fn)
     outer.base_dist = _with_base(fn.base_dist, base)

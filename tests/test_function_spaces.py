@@ -78,6 +78,12 @@ SITES = {
         torch.ones(3, 2),
     ),
     "LogNormal": (lambda v: dist.LogNormal(v[:3], v[3:].exp()), torch.tensor([0.5, 1.0, 2.0])),
+    "Weibull": (lambda v: dist.Weibull(v[:3].exp(), v[3:].exp()), torch.tensor([0.5, 1.0, 2.0])),
+    "Gumbel": (lambda v: dist.Gumbel(v[:3], v[3:].exp()), torch.tensor([0.5, 1.0, 2.0])),
+    "Kumaraswamy, masked": (
+        lambda v: dist.Kumaraswamy(v[:3].exp(), v[3:].exp()).mask(True),
+        torch.tensor([0.5, 0.1, 0.2]),
+    ),
     "Categorical": (
         lambda v: dist.Categorical(logits=v.reshape(3, 2)),
         torch.tensor([0, 1, 1]),
