@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_fordes._checks import StateError
-from pyro_fordes._random import preserved_rng
+from pyro_fordes._random import preserved_rng, seeded
 from pyro_fordes.diagnostics import effective_particles
 from pyro_fordes.finite import finite_particles, repel_finite
 from pyro_fordes.input_gradients import InputGradients
@@ -461,9 +461,9 @@ def evaluate_in(
     draw = draw_for(space, log_joint, args, kwargs) if draw is None else draw
     if space is None:
         return log_joint.evaluate(values, args, kwargs, buffers=buffers, draw=draw, first=first)
-    with preserved_rng():  # points that are drawn are the same for all chunks and rounds
-        torch.manual_seed(draw.seed)
-        extra = space.extra()
+    # Points that a function draws are the same for all chunks and rounds.
+    drawn = callable(getattr(space, "points", None))
+    extra = seeded(draw.seed, space.extra) if drawn else space.extra()
     evaluation = log_joint.evaluate(
         values,
         args,
